@@ -1,0 +1,347 @@
+"""The nouns without tensors: what is asked (Request), what was found out (facts), what will be done (Plan).
+
+Everything here is frozen, JSON in and JSON out, and knows nothing of torch. The command line, the
+JSON Schema, HTTP bodies and the reference page are all generated from `Request`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+Expert = Literal["model", "high", "low"]
+Solver = Literal["unipc", "dpmpp", "euler"]
+Precision = Literal["fast", "reference"]
+Component = Literal["dit", "vae", "text_encoder", "clip_vision"]
+OutputKind = Literal["mp4", "webm", "gif", "webp", "png", "latents"]
+
+AREAS = {"480p": 832 * 480, "720p": 1280 * 720}
+"""Named areas in pixels: the aspect then comes from the input image, or is 16:9 without one."""
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# --- what is asked ---------------------------------------------------------------------------
+
+
+def _parse_size(value: Any) -> Any:
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return f"{value[0]}x{value[1]}"
+    return re.sub(r"\s*[*xX×]\s*", "x", str(value).strip()) if value is not None else None
+
+
+def _check_size(value: str | None) -> str | None:
+    if value is not None and value not in AREAS and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", value):
+        raise ValueError(f"size {value!r} is neither WIDTHxHEIGHT nor one of {', '.join(AREAS)}; for example 832x480")
+    return value
+
+
+def _split(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _one_or_many(value: Any) -> Any:
+    return (value,) if isinstance(value, str | int | Path) else value
+
+
+SizeText = Annotated[str | None, BeforeValidator(_parse_size), AfterValidator(_check_size)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)]
+
+
+def _field(group: str, help: str, default: Any = None, **limits: Any) -> Any:
+    return Field(default=default, description=help, json_schema_extra={"group": group}, **limits)
+
+
+class Request(Frozen):
+    """What the user wants. Every field is optional except a model and one input; None lets the plan decide."""
+
+    prompt: str | None = _field("what", "What the video shows.")
+    negative: str | None = _field("what", "What it should not show. Default: the model's own negative prompt.")
+
+    model: str | None = _field("model", "Catalog name, or a folder with the model's files.")
+    dit: Path | None = _field("model", "DiT file or folder; of two-expert models the low-noise expert.")
+    dit_high: Path | None = _field("model", "DiT file or folder of the high-noise expert.")
+    vae: Path | None = _field("model", "VAE file or folder.")
+    text_encoder: Path | None = _field("model", "umT5 file or folder.")
+    clip_vision: Path | None = _field("model", "CLIP vision file or folder.")
+    tokenizer: Path | None = _field("model", "Folder or file of the umT5 tokenizer (spiece.model or tokenizer.json).")
+
+    first: Path | None = _field("media", "Image that frame 0 shows.")
+    last: Path | None = _field("media", "Image that the last frame shows.")
+    reference: Paths = _field("media", "Reference images.", ())
+    control: Path | None = _field("media", "Control video (canny, depth, pose).")
+    control_image: Paths = _field("media", "Control images of one-frame inference.", ())
+    control_mask: Paths = _field("media", "Masks of the control images.", ())
+    mask: Path | None = _field("media", "Mask video or image; white is generated.")
+    pose: Path | None = _field("media", "Pose video.")
+    face: Path | None = _field("media", "Face video.")
+    background: Path | None = _field("media", "Background video.")
+    audio: Path | None = _field("media", "Speech or music.")
+    camera: str | None = _field("media", "Camera move or pose file.")
+    video: Path | None = _field("media", "Source video.")
+    one_frame: str | None = _field("media", "One-frame inference, for example target_index=1,control_index=0.")
+
+    size: SizeText = _field("shape", "WIDTHxHEIGHT in pixels, or 480p or 720p: that area at the image's aspect.")
+    frames: int | None = _field("shape", "Frames, 4n+1; 1 makes an image.", ge=1)
+    seconds: float | None = _field("shape", "Length in seconds, instead of frames.", gt=0)
+    fps: float | None = _field("shape", "Frames per second of the file. Default: the model's own.", gt=0, le=240)
+
+    seed: int | None = _field("sampling", "Seed of the noise; the same on every device.", ge=0, lt=2**63)
+    count: int = _field("sampling", "How many videos; seeds count up from the seed.", 1, ge=1, le=10_000)
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_split)] = _field("sampling", "Exact seeds, one video each.", ())
+    steps: int | None = _field("sampling", "Denoising steps.", ge=1, le=1000)
+    shift: float | None = _field("sampling", "Timestep shift.", gt=0, le=1000)
+    guidance: float | None = _field("sampling", "Guidance scale; of two-expert models the low-noise expert's.", ge=0)
+    guidance_high: float | None = _field("sampling", "Guidance scale of the high-noise expert.", ge=0)
+    boundary: float | None = _field("sampling", "Switch of experts as a share of 1000 timesteps.", ge=0, le=1)
+    solver: Solver | None = _field("sampling", "unipc, dpmpp or euler.")
+
+    precision: Precision | None = _field("machine", "fast (default) or reference: float32 throughout.")
+    device: str | None = _field("machine", "cpu, cuda, cuda:1 or mps. Default: the best present.")
+    tile: int | None = _field("machine", "VAE tile edge in pixels, a multiple of 16, where memory is short.", ge=64)
+    chunk: int | None = _field("machine", "Latent frames the VAE takes at once.", ge=1)
+
+    output: Annotated[tuple[OutputKind, ...], BeforeValidator(_split)] = _field(
+        "output", "mp4, webm, gif, webp, png, latents; several with commas. Default: mp4, or png for one frame.", ()
+    )
+    save: Path | None = _field("output", "File or folder to write to.")
+    quality: int | None = _field("output", "0 (smallest) to 100 (best) of the video encoder.", ge=0, le=100)
+    preview: Path | None = _field("output", "PNG that shows a live preview frame while sampling.")
+    strip: bool = _field("output", "Leave the plan out of the output file, and write none beside it.", False)
+
+
+# --- what was found out before the plan --------------------------------------------------------
+
+
+class FileFacts(Frozen):
+    """What one checkpoint says of itself, from its header alone."""
+
+    path: Path
+    files: tuple[Path, ...]
+    bytes: int
+    container: Literal["safetensors", "pth", "gguf"]
+    component: Component
+    dialect: str
+    dtype: str
+    tensors: int
+    parameters: int
+    config: dict[str, Any]
+    structure: str = ""
+    ignored: tuple[str, ...] = ()
+    has_tokenizer: bool = False
+    name_suggests: Literal["high", "low"] | None = None
+
+
+class MediaFacts(Frozen):
+    """What one input image, video or sound says of itself. Sizes are after rotation metadata."""
+
+    path: Path
+    kind: Literal["image", "video", "audio"]
+    width: int = 0
+    height: int = 0
+    frames: int = 1
+    fps: float | None = None
+    has_alpha: bool = False
+
+
+class Machine(Frozen):
+    """What this machine has. Memory in bytes; `calibration` maps a stage to measured work per second."""
+
+    device: str = "cpu"
+    name: str = ""
+    memory_total: int = 0
+    memory_free: int = 0
+    ram_total: int = 0
+    ram_free: int = 0
+    cores: int = 1
+    bfloat16: bool = True
+    calibration: dict[str, float] = {}
+
+
+class CatalogEntry(Frozen):
+    """One model: the facts no file holds. Numbers are the official defaults."""
+
+    name: str
+    title: str
+    family: Literal["wan"] = "wan"
+    experts: tuple[Expert, ...] = ("model",)
+    structure: dict[str, Any]
+    vae: Literal["wan2.1", "wan2.2"]
+    text_len: int = 512
+    takes: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    first_frame: Literal["concat", "overwrite"] = "concat"
+    no_image: Literal["zeros", "refuse"] = "refuse"
+    size: tuple[int, int]
+    sizes: tuple[tuple[int, int], ...] = ()
+    frames: int = 81
+    fps: float = 16
+    steps: int = 50
+    shift: float = 5.0
+    shift_480p: float | None = None
+    guidance: float = 5.0
+    guidance_high: float | None = None
+    boundary: float | None = None
+    solver: Solver = "unipc"
+    negative: str = ""
+    licence: str = ""
+    repositories: tuple[str, ...] = ()
+    files: dict[str, tuple[str, ...]] = {}
+    aliases: tuple[str, ...] = ()
+
+
+# --- what will be done ---------------------------------------------------------------------------
+
+
+class ModelRef(Frozen):
+    """Recipe of one loaded model: files, structure and how to hold it. Hashable by its JSON."""
+
+    component: Component
+    files: tuple[Path, ...]
+    dialect: str
+    container: Literal["safetensors", "pth", "gguf"]
+    config: dict[str, Any]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    device: str = "cpu"
+    bytes: int = 0
+    parameters: int = 0
+    attention: str = "sdpa"
+    tokenizer: Path | None = None
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+
+class Note(Frozen):
+    """Something decided for the user that they may want to know. Never empty talk."""
+
+    about: str
+    text: str
+
+
+class PlanStep(Frozen):
+    """One denoising step. `timestep` is what the DiT sees, `sigma` what the update uses."""
+
+    sigma: float
+    timestep: float
+    expert: Expert
+    guidance: float
+
+
+class StageCost(Frozen):
+    """Prediction for one stage. `seconds` is None where this machine has no calibration yet."""
+
+    stage: str
+    peak_bytes: int
+    seconds: float | None = None
+
+
+class OutputPlan(Frozen):
+    """Where results go. `paths` has one list of files a seed, in the order of `kinds`."""
+
+    kinds: tuple[OutputKind, ...]
+    paths: tuple[tuple[Path, ...], ...]
+    quality: int = 80
+    preview: Path | None = None
+    strip: bool = False
+
+
+class ImagePlan(Frozen):
+    """How one image is brought to the video's size: cover-crop (Lanczos or bicubic) or plain resize."""
+
+    role: str
+    path: Path
+    width: int
+    height: int
+    crop: bool
+    filter: Literal["lanczos", "bicubic"]
+
+
+class Plan(Frozen):
+    """Every decision of a run, no tensors. `kinema plan` prints it; the output file carries it; replay runs it."""
+
+    version: Literal[1] = 1
+    kinema: str
+    request: Request
+    model: str
+    title: str
+    licence: str
+    task: str
+    experts: dict[Expert, ModelRef]
+    vae: ModelRef
+    text_encoder: ModelRef
+    clip_vision: ModelRef | None = None
+    prompt: str
+    negative: str
+    text_len: int
+    images: tuple[ImagePlan, ...] = ()
+    first_frame: Literal["none", "concat", "overwrite"] = "none"
+    width: int
+    height: int
+    frames: int
+    fps: float
+    latent: tuple[int, int, int, int]
+    tokens: int
+    seeds: tuple[int, ...]
+    solver: Solver
+    shift: float
+    boundary: float | None
+    steps: tuple[PlanStep, ...]
+    precision: Precision
+    device: str
+    tile: int | None = None
+    chunk: int = 1
+    costs: tuple[StageCost, ...] = ()
+    output: OutputPlan
+    notes: tuple[Note, ...] = ()
+    hashes: dict[str, str] = {}
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """Sigma at each step, then the final 0."""
+        return (*(step.sigma for step in self.steps), 0.0)
+
+
+# --- what happens --------------------------------------------------------------------------------
+
+
+class Progress(Frozen):
+    """A stage has done `done` of `total` units; `eta_seconds` for this stage, None before the first unit."""
+
+    stage: str
+    done: int
+    total: int
+    eta_seconds: float | None = None
+    seed: int | None = None
+
+
+class Preview(Frozen):
+    """A preview frame was written to `path` after step `step`."""
+
+    step: int
+    path: Path
+
+
+class StageReport(Frozen):
+    """What one stage really took."""
+
+    stage: str
+    seconds: float
+    peak_bytes: int
+
+
+class Result(Frozen):
+    """One finished video: the files written, and what each stage took."""
+
+    seed: int
+    paths: tuple[Path, ...]
+    plan: Plan
+    stages: tuple[StageReport, ...]
+
+
+Event = Progress | Preview | Note | Result
