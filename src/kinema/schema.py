@@ -110,9 +110,23 @@ class Request(Frozen):
         "output", "mp4, webm, gif, webp, png, latents; several with commas. Default: mp4, or png for one frame.", ()
     )
     save: Path | None = _field("output", "File or folder to write to.")
+    overwrite: bool = _field("output", "Replace files that exist.", False)
     quality: int | None = _field("output", "0 (smallest) to 100 (best) of the video encoder.", ge=0, le=100)
     preview: Path | None = _field("output", "PNG that shows a live preview frame while sampling.")
     strip: bool = _field("output", "Leave the plan out of the output file, and write none beside it.", False)
+
+
+class Settings(Frozen):
+    """Where things are on this machine; clients fill it from flags, environment and configuration file.
+
+    models   roots searched for model files, in order.
+    catalogs extra catalog TOML files.
+    cache    folder of the hash cache and this machine's calibration; None keeps neither.
+    """
+
+    models: tuple[Path, ...] = ()
+    catalogs: tuple[Path, ...] = ()
+    cache: Path | None = None
 
 
 # --- what was found out before the plan --------------------------------------------------------
@@ -161,6 +175,22 @@ class Machine(Frozen):
     cores: int = 1
     bfloat16: bool = True
     calibration: dict[str, float] = {}
+
+
+class Facts(Frozen):
+    """Everything a plan depends on besides the request and the catalog.
+
+    files     by role: dit, dit_high, vae, text_encoder, clip_vision.
+    media     by Request field, in order where a field takes several.
+    existing  names already present in the folder the output goes to.
+    """
+
+    files: dict[str, FileFacts] = {}
+    tokenizer: Path | None = None
+    media: dict[str, tuple[MediaFacts, ...]] = {}
+    machine: Machine = Machine()
+    existing: frozenset[str] = frozenset()
+    output_free: int | None = None
 
 
 class CatalogEntry(Frozen):
