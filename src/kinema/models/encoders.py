@@ -1,0 +1,190 @@
+"""Encoders that condition the Wan models: umT5 (text).
+
+umT5 is written out here rather than wrapped: transformers 5 once left the encoder's embedding unattached, so that every
+prompt became zeros without a word (its issue 43992), its key names differ from those of the official files, and a
+trainable encoder of a few kinds of layers is shorter than an adapter would be. transformers is the oracle in the tests.
+
+Both models run in the dtype of their weights, one weight at a time, with a float32 residual stream, float32 norms and a
+float32 softmax: bfloat16 files are used as mapped, never copied whole. With float32 weights everything is float32.
+Parameter names are those of the official files. Nothing here knows of files or of the DiT.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """A linear layer that casts its input to the dtype of its weight. Returns that dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+# --- umT5 ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Structure of a umT5 encoder; umT5-XXL is (256384, 4096, 4096, 64, 10240, 24).
+
+    dim_attn  width of all heads together, num_heads times the width of one.
+    """
+
+    vocab: int
+    dim: int
+    dim_attn: int
+    num_heads: int
+    ffn_dim: int
+    num_layers: int
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+
+class T5Linear(Linear):
+    """A bias-free linear layer that leaves float32. float16 weights are raised to float32 for the product:
+    T5 activations pass 65504 in the feed-forward, and half precision would turn them into infinities."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """The published T5 initialisation."""
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dtype == torch.float16:
+            return F.linear(x.float(), self.weight.float())
+        return super().forward(x).float()
+
+
+class T5Norm(nn.Module):
+    """Root mean square norm without centring, in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
+
+
+class T5Attention(nn.Module):
+    """Self-attention without the 1/sqrt(d) factor: T5 folds it into the weights' initialisation."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q = T5Linear(config.dim, config.dim_attn)
+        self.k = T5Linear(config.dim, config.dim_attn)
+        self.v = T5Linear(config.dim, config.dim_attn)
+        self.o = T5Linear(config.dim_attn, config.dim)
+        nn.init.normal_(self.q.weight, std=(config.dim * config.dim_attn / config.num_heads) ** -0.5)
+
+    def forward(self, x_BSD: Tensor, bias_BNSS: Tensor) -> Tensor:
+        q, k, v = (part(x_BSD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        attended = torch.softmax(q @ k.transpose(-1, -2) + bias_BNSS, dim=-1) @ v
+        out_BSD: Tensor = self.o(attended.transpose(1, 2).flatten(2))
+        return out_BSD
+
+
+class T5FeedForward(nn.Module):
+    """fc2(gelu_tanh(gate(x)) * fc1(x))."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(T5Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"))
+        self.fc1 = T5Linear(config.dim, config.ffn_dim)
+        self.fc2 = T5Linear(config.ffn_dim, config.dim)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        out_BSD: Tensor = self.fc2(self.gate(x_BSD) * self.fc1(x_BSD))
+        return out_BSD
+
+
+class RelativeBias(nn.Module):
+    """Attention bias by the distance from query to key, one value a head and bucket."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.max_distance = config.max_distance
+        self.embedding = nn.Embedding(config.num_buckets, config.num_heads)
+        nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
+
+    def forward(self, num_tokens: int) -> Tensor:
+        """Return bias_NSS, float32."""
+        buckets = distance_buckets(num_tokens, self.embedding.num_embeddings, self.max_distance)
+        bias_SSN: Tensor = self.embedding(buckets.to(self.embedding.weight.device))
+        return bias_SSN.permute(2, 0, 1).float()
+
+
+class T5Block(nn.Module):
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.norm1 = T5Norm(config.dim, config.eps)
+        self.attn = T5Attention(config)
+        self.norm2 = T5Norm(config.dim, config.eps)
+        self.ffn = T5FeedForward(config)
+        self.pos_embedding = RelativeBias(config)  # umT5 has one a layer, T5 one for all
+
+    def forward(self, x_BSD: Tensor, mask_B11S: Tensor | None) -> Tensor:
+        bias = self.pos_embedding(x_BSD.shape[1])[None]
+        if mask_B11S is not None:
+            bias = bias.masked_fill(~mask_B11S, torch.finfo(bias.dtype).min)
+        x_BSD = x_BSD + self.attn(self.norm1(x_BSD), bias)
+        x_BSD = x_BSD + self.ffn(self.norm2(x_BSD))
+        return x_BSD
+
+
+class UMT5(nn.Module):
+    """umT5 encoder: token ids to features. Trainable; dropout is left out.
+
+    Source: Wan-Video/Wan2.2 wan/modules/t5.py (Apache-2.0). Parity: tests/parity/test_encoders.py.
+    """
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab, config.dim)
+        self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.num_layers))
+        self.norm = T5Norm(config.dim, config.eps)
+
+    def encode(self, ids_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
+        """Return features_BSD, float32, on the device of the weights.
+
+        mask_BS  1 at tokens, 0 at padding, whose rows of the result mean nothing. None: no padding. Rows of true length
+                 and rows padded under a mask give the same features, for padding is never attended.
+        """
+        device = self.token_embedding.weight.device
+        mask_B11S = None if mask_BS is None else mask_BS.to(device, torch.bool)[:, None, None, :]
+        x_BSD = self.token_embedding(ids_BS.to(device)).float()
+        for block in self.blocks:
+            x_BSD = block(x_BSD, mask_B11S)
+        features_BSD: Tensor = self.norm(x_BSD)
+        return features_BSD
+
+    forward = encode
+
+
+def distance_buckets(num_tokens: int, num_buckets: int, max_distance: int) -> Tensor:
+    """Return the bucket of each (query, key) pair, int64 [S, S].
+
+    Half the buckets are for keys after the query; of each half, the first half holds one distance a bucket, the rest
+    grows logarithmically up to max_distance. Made on the CPU, so that no device rounds a logarithm another way.
+    """
+    position = torch.arange(num_tokens)
+    distance = position[None, :] - position[:, None]
+    half = num_buckets // 2
+    exact = half // 2
+    after = (distance > 0).long() * half
+    distance = distance.abs()
+    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (half - exact)
+    return after + torch.where(distance < exact, distance, (exact + growth.long()).clamp(max=half - 1))
