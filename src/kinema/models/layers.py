@@ -1,0 +1,126 @@
+"""Layers of the Wan DiT: leaf Linear, norms, rotary positions, modulation by segment, plain attention.
+
+Owns arithmetic and its dtypes. Knows nothing of variants, files, devices or schedules.
+
+Shape letters: B batch, L tokens, S text tokens, D width, N heads, K head dim, R distinct timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""attention(q_BNLK, k_BNLK, v_BNLK) -> BNLK: softmax(q k^T / sqrt(K)) v, in the inputs' dtype."""
+
+
+class Linear(nn.Linear):
+    """The leaf that quantisation and LoRA swap: casts its input to its weight's dtype and answers in it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the width, computed and returned in float32 whatever dtype input and weights have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the whole width (all heads together).
+
+    The order of casts is the official one and matters in bfloat16: normalise in float32, round to the
+    input's dtype, then multiply by the weight.
+    Source: Wan-Video/Wan2.2 wan/modules/model.py WanRMSNorm (Apache-2.0).
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)
+
+
+def sdpa(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
+    """Full attention by torch, the default of every model."""
+    return F.scaled_dot_product_attention(q_BNLK, k_BNLK, v_BNLK)
+
+
+def split_heads(x_BLD: Tensor, head_dim: int) -> Tensor:
+    return x_BLD.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def merge_heads(x_BNLK: Tensor) -> Tensor:
+    return x_BNLK.transpose(1, 2).flatten(2)
+
+
+# --- positions -----------------------------------------------------------------------------------
+
+
+def rope_table(grid: tuple[int, int, int], head_dim: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return unit complex numbers [L, head_dim / 2], time-major, that turn by each token's position.
+
+    grid   tokens along time, height and width; L is their product.
+    dtype  complex128 or complex64 of the result; angles are computed in float64 except on MPS, which has none.
+
+    The K/2 slots are split t : h : w as 22 : 21 : 21 for K = 128; each axis has its own ladder of frequencies
+    10000 ** (-j / slots).
+    """
+    slots = head_dim // 2
+    split = (slots - 2 * (slots // 3), slots // 3, slots // 3)
+    real = torch.float32 if device.type == "mps" else torch.float64
+    turns = []
+    for axis, (length, width) in enumerate(zip(grid, split, strict=True)):
+        positions = torch.arange(length, dtype=real, device=device)
+        frequencies = 10000.0 ** (-torch.arange(width, dtype=real, device=device) / width)
+        angles = torch.outer(positions, frequencies)
+        shape = [1, 1, 1, width]
+        shape[axis] = length
+        turns.append(torch.polar(torch.ones_like(angles), angles).view(shape).expand(*grid, width))
+    return torch.cat(turns, dim=-1).reshape(-1, slots).to(dtype)
+
+
+def rotate(x_BNLK: Tensor, rope_LK: Tensor) -> Tensor:
+    """Turn interleaved pairs of `x` by `rope`, in the precision of `rope`; returns the dtype of `x`."""
+    pairs = x_BNLK.to(rope_LK.dtype.to_real()).unflatten(-1, (-1, 2)).contiguous()
+    turned = torch.view_as_complex(pairs) * rope_LK
+    return torch.view_as_real(turned).flatten(-2).to(x_BNLK.dtype)
+
+
+def sinusoid(timesteps: Tensor, width: int) -> Tensor:
+    """Return float32 features [..., width] of timesteps in [0, 1000]: cosines first, then sines."""
+    half = width // 2
+    real = torch.float32 if timesteps.device.type == "mps" else torch.float64
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=real, device=timesteps.device) / half)
+    angles = timesteps.to(real)[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+# --- modulation: one row for each distinct timestep, over contiguous segments of tokens ------------
+
+
+def modulate(x_BLD: Tensor, shift_BRD: Tensor, scale_BRD: Tensor, segments: tuple[int, ...]) -> Tensor:
+    """Return x * (1 + scale) + shift, row r applied to the tokens of segment r."""
+    if len(segments) == 1:
+        return torch.addcmul(shift_BRD, x_BLD, 1 + scale_BRD)
+    parts = zip(x_BLD.split(segments, 1), shift_BRD.split(1, 1), (1 + scale_BRD).split(1, 1), strict=True)
+    return torch.cat([torch.addcmul(shift, x, scale) for x, shift, scale in parts], dim=1)
+
+
+def gated_add(x_BLD: Tensor, y_BLD: Tensor, gate_BRD: Tensor, segments: tuple[int, ...]) -> Tensor:
+    """Return x + y * gate in the dtype of `x` (float32), row r of the gate on the tokens of segment r."""
+    y_BLD = y_BLD.to(x_BLD.dtype)
+    if len(segments) == 1:
+        return torch.addcmul(x_BLD, y_BLD, gate_BRD)
+    parts = zip(x_BLD.split(segments, 1), y_BLD.split(segments, 1), gate_BRD.split(1, 1), strict=True)
+    return torch.cat([torch.addcmul(x, y, gate) for x, y, gate in parts], dim=1)
