@@ -1,0 +1,47 @@
+"""The words of the command line as the documents may use them: verbs, flags, short names of prompt files.
+
+Flags of a request come from `schema.Request`; the literal lists below are what the command line adds.
+"""
+
+from __future__ import annotations
+
+from kinema.schema import Request
+
+VERBS = frozenset({"generate", "plan", "inspect", "doctor", "replay", "decode", "demo", "models"})
+
+CLI_FLAGS = frozenset(
+    {
+        "--interactive",
+        "--from-file",
+        "--json",
+        "--config",
+        "--models-dir",
+        "--catalog",
+        "--cache-dir",
+        "--help",
+        "--version",
+    }
+)
+
+REQUEST_FLAGS = frozenset("--" + name.replace("_", "-") for name in Request.model_fields)
+
+SHORT_NAMES = {
+    "w": "size",
+    "h": "size",
+    "f": "frames",
+    "d": "seed",
+    "s": "steps",
+    "g": "guidance",
+    "l": "guidance",
+    "fs": "shift",
+    "i": "first",
+    "ei": "last",
+    "cn": "control",
+    "n": "negative",
+    "ci": "control_image",
+    "cim": "control_mask",
+    "of": "one_frame",
+}
+"""Short name of a prompt file -> field of the request; w and h are the two halves of size."""
+
+FLAGS = REQUEST_FLAGS | CLI_FLAGS | {"--" + name for name in SHORT_NAMES}
