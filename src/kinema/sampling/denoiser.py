@@ -1,0 +1,110 @@
+"""From noise to latents: which expert and which guidance at each step, and the clean frames held fixed.
+
+Owns the loop around a solver. Knows models only as a callable, and the plan only as its steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from kinema.errors import NumericsError
+from kinema.sampling.guidance import cfg
+from kinema.sampling.solvers import SOLVERS, Step
+from kinema.schema import Expert, PlanStep, Solver
+
+Branch = Literal["cond", "uncond"]
+
+
+class ExpertVelocity(Protocol):
+    """velocity(expert, branch, x_BCFhw, timestep) -> velocity_BCFhw: one forward of one model."""
+
+    def __call__(self, expert: Expert, branch: Branch, x_BCFhw: Tensor, timestep: float, /) -> Tensor: ...
+
+
+class Denoiser:
+    """The velocity a solver asks for: `denoiser(x_BCFhw, index)` runs step `index` of the plan.
+
+    steps        expert, guidance, timestep and sigma of each step.
+    velocity     the models, as one callable.
+    clean_BCFhw  latents of the first frames, known without noise (TI2V); None where there are none.
+
+    A guidance of exactly 1.0 runs the conditional branch alone; every other scale, 0 too, runs both.
+    Raises NumericsError where the model's answer is not finite.
+    """
+
+    def __init__(self, steps: Sequence[PlanStep], velocity: ExpertVelocity, clean_BCFhw: Tensor | None = None) -> None:
+        self.steps = tuple(steps)
+        self.velocity = velocity
+        self.clean_BCFhw = clean_BCFhw
+
+    def __call__(self, x_BCFhw: Tensor, index: int) -> Tensor:
+        step = self.steps[index]
+        x_BCFhw = self.impose(x_BCFhw)
+        v_BCFhw = self._branch(index, "cond", x_BCFhw)
+        if step.guidance != 1.0:
+            v_BCFhw = cfg(v_BCFhw, self._branch(index, "uncond", x_BCFhw), step.guidance)
+        return v_BCFhw
+
+    def impose(self, x_BCFhw: Tensor) -> Tensor:
+        """Return x with its first latent frames replaced by the clean ones."""
+        if self.clean_BCFhw is None:
+            return x_BCFhw
+        clean_BCFhw = self.clean_BCFhw.to(x_BCFhw).expand(x_BCFhw.shape[0], -1, -1, -1, -1)
+        return torch.cat([clean_BCFhw, x_BCFhw[:, :, clean_BCFhw.shape[2] :]], dim=2)
+
+    def check(self, tensor: Tensor, index: int, what: str) -> None:
+        """Raise NumericsError naming step, sigma and expert unless every value is finite."""
+        if bool(torch.isfinite(tensor).all()):
+            return
+        step = self.steps[index]
+        raise NumericsError(
+            f"{what} of step {index + 1} of {len(self.steps)} is not finite "
+            f"(sigma {step.sigma:.4f}, timestep {step.timestep:g}, expert {step.expert})",
+            "run with --precision reference; if it stays, check the weight file with: kinema inspect FILE",
+            stage="sample",
+            step=index,
+            sigma=step.sigma,
+            expert=step.expert,
+            what=what,
+        )
+
+    def _branch(self, index: int, branch: Branch, x_BCFhw: Tensor) -> Tensor:
+        step = self.steps[index]
+        v_BCFhw = self.velocity(step.expert, branch, x_BCFhw, step.timestep).float()
+        self.check(v_BCFhw, index, f"the {branch} velocity")
+        return v_BCFhw
+
+
+def sample(
+    plan_steps: Sequence[PlanStep],
+    solver: Solver,
+    noise_BCFhw: Tensor,
+    velocity: ExpertVelocity,
+    clean_BCFhw: Tensor | None = None,
+) -> Iterator[Step]:
+    """Yield each denoising step; the `x` of the last one is the finished latents, normalised, float32.
+
+    noise_BCFhw  float32 on the device to run on.
+
+    The solver's history runs on across the switch of experts, as in the official code. Clean latents
+    are in every x the model sees and every x yielded; the solver's own values under them are free,
+    which changes nothing elsewhere, since its update is elementwise.
+    Raises NumericsError at the first step whose values are not finite.
+    """
+    denoiser = Denoiser(plan_steps, velocity, clean_BCFhw)
+    sigmas = (*(step.sigma for step in plan_steps), 0.0)
+    for step in SOLVERS[solver](denoiser, noise_BCFhw, sigmas):
+        denoiser.check(step.x, step.index, "the result")
+        yield Step(step.index, denoiser.impose(step.x), denoiser.impose(step.x0))
+
+
+def noise(seed: int, shape: Sequence[int]) -> Tensor:
+    """Return standard normal float32 noise from a CPU generator: a seed means the same on every device.
+
+    seed  0 to 2**63 - 1.
+    """
+    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
