@@ -45,3 +45,10 @@ def test_gradients_reach_every_weight_and_the_clip() -> None:
     (frames.square().mean() + log_variance.square().mean()).backward()
     assert video.grad is not None and video.grad.abs().min() > 0
     assert [name for name, weight in vae.named_parameters() if weight.grad is None or not weight.grad.any()] == []
+
+
+def test_golden_22() -> None:
+    vae, inputs, want = golden_vae("vae22")
+    assert_golden(vae.encode(inputs["video"]), want["encode"])
+    assert_golden(vae.encode(inputs["video"][:, :, :1]), want["encode_first_frame"])
+    assert_golden(vae.decode(inputs["latent"]), want["decode"])

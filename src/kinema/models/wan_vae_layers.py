@@ -156,6 +156,73 @@ class Upsample(nn.Module):
         return per_frame(self.resample, x)
 
 
+class DownLevel(nn.Module):
+    """A level of the 2.2 encoder: its blocks, plus a shortcut without weights that averages what they shrink."""
+
+    def __init__(self, layers: list[nn.Module], out_dim: int, frames: int, space: int) -> None:
+        super().__init__()
+        self.downsamples = nn.ModuleList(layers)
+        self.out_dim, self.frames, self.space = out_dim, frames, space
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        shortcut = average_down(x, self.out_dim, self.frames, self.space)
+        for layer in self.downsamples:
+            x = layer(x, history)
+        return x + shortcut
+
+
+class UpLevel(nn.Module):
+    """A level of the 2.2 decoder: its blocks, plus, where it enlarges, a shortcut without weights that repeats."""
+
+    def __init__(self, layers: list[nn.Module], out_dim: int, frames: int, space: int) -> None:
+        super().__init__()
+        self.upsamples = nn.ModuleList(layers)
+        self.out_dim, self.frames, self.space = out_dim, frames, space
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        entered = x
+        for layer in self.upsamples:
+            x = layer(x, history)
+        if self.space == 1:
+            return x
+        shortcut = repeat_up(entered, self.out_dim, self.frames, self.space)
+        # A clip's first frame stays one: its repetitions in front are dropped.
+        return x + shortcut[:, :, -x.shape[2] :]
+
+
+def average_down(x_BCTHW: Tensor, out_dim: int, frames: int, space: int) -> Tensor:
+    """Move blocks of frames x space x space positions into the channels, then average neighbouring channels.
+
+    A lone first frame gets zero frames in front.
+    """
+    x = F.pad(x_BCTHW, (0, 0, 0, 0, -x_BCTHW.shape[2] % frames, 0))
+    B, C, T, H, W = x.shape
+    blocks = x.reshape(B, C, T // frames, frames, H // space, space, W // space, space)
+    blocks = blocks.permute(0, 2, 4, 6, 1, 3, 5, 7)
+    return blocks.reshape(*blocks.shape[:4], out_dim, -1).mean(dim=-1).permute(0, 4, 1, 2, 3)
+
+
+def repeat_up(x_BCTHW: Tensor, out_dim: int, frames: int, space: int) -> Tensor:
+    """Repeat channels, then spread them over blocks of frames x space x space positions."""
+    B, C, T, H, W = x_BCTHW.shape
+    repeats = out_dim * frames * space * space // C
+    spread = x_BCTHW.permute(0, 2, 3, 4, 1).unsqueeze(-1).expand(B, T, H, W, C, repeats)
+    spread = spread.reshape(B, T, H, W, out_dim, frames, space, space).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return spread.reshape(B, T * frames, H * space, W * space, out_dim).permute(0, 4, 1, 2, 3)
+
+
+def patchify(x_BCTHW: Tensor, patch: int) -> Tensor:
+    """[B, C, T, H, W] -> [B, C * patch * patch, T, H / patch, W / patch]; channels ordered (C, column, row)."""
+    x = x_BCTHW.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
+    return x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+
+
+def unpatchify(x_BCTHW: Tensor, patch: int) -> Tensor:
+    """Undo `patchify`."""
+    x = x_BCTHW.unflatten(1, (-1, patch, patch))
+    return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
+
+
 def run(layers: nn.Sequential, x: Tensor, history: History) -> Tensor:
     """Run layers in order, handing the history to those that take one."""
     for layer in layers:
