@@ -1,4 +1,4 @@
-"""Encoders that condition the Wan models: umT5 (text).
+"""Encoders that condition the Wan models: umT5 (text) and CLIP ViT-H (image).
 
 umT5 is written out here rather than wrapped: transformers 5 once left the encoder's embedding unattached, so that every
 prompt became zeros without a word (its issue 43992), its key names differ from those of the official files, and a
@@ -6,17 +6,22 @@ trainable encoder of a few kinds of layers is shorter than an adapter would be. 
 
 Both models run in the dtype of their weights, one weight at a time, with a float32 residual stream, float32 norms and a
 float32 softmax: bfloat16 files are used as mapped, never copied whole. With float32 weights everything is float32.
-Parameter names are those of the official files. Nothing here knows of files or of the DiT.
+Parameter names are those of the official files. Nothing here knows of checkpoints or of the DiT.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kinema.errors import CheckpointError, NumericsError, RequestError
+from kinema.models.tokenizer import Tokenizer
 
 
 class Linear(nn.Linear):
@@ -188,3 +193,163 @@ def distance_buckets(num_tokens: int, num_buckets: int, max_distance: int) -> Te
     distance = distance.abs()
     growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (half - exact)
     return after + torch.where(distance < exact, distance, (exact + growth.long()).clamp(max=half - 1))
+
+
+@torch.no_grad()
+def encode_prompts(
+    encoder: UMT5,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    text_len: int = 512,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, ...]:
+    """Return one features_SD a prompt, float32 on `device`, of its true length with </s> and without padding.
+
+    `tokenizer.encode(prompt, text_len).cut` says what was left out of a long prompt.
+    Raises RequestError for a token the encoder has no embedding for, NumericsError for features that are not finite.
+    """
+    rows = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt, text_len).ids
+        if max(ids) >= encoder.config.vocab:
+            raise RequestError(
+                f"the prompt has token {max(ids)}, the text encoder knows {encoder.config.vocab}",
+                "Leave <extra_id_N> out of the prompt, or use the tokenizer that belongs to the text encoder.",
+                field="prompt",
+                got=prompt,
+            )
+        row_SD = encoder.encode(torch.tensor([ids]))[0]
+        if not row_SD.isfinite().all():
+            raise NumericsError("the text encoder gave a value that is not finite", stage="encode text")
+        rows.append(row_SD.to(device))
+    return tuple(rows)
+
+
+# --- CLIP vision -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClipVisionConfig:
+    """Structure of a CLIP vision tower; ViT-H/14 is (224, 14, 1280, 16, 32). num_layers counts the file's."""
+
+    image_size: int
+    patch_size: int
+    dim: int
+    num_heads: int
+    num_layers: int
+    mlp_ratio: int = 4
+    eps: float = 1e-5
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in float32, whatever the dtype of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
+class ClipAttention(nn.Module):
+    def __init__(self, config: ClipVisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.to_qkv = Linear(config.dim, 3 * config.dim)
+        self.proj = Linear(config.dim, config.dim)
+
+    def forward(self, x_BVD: Tensor) -> Tensor:
+        num_images, num_tokens, _ = x_BVD.shape
+        qkv = self.to_qkv(x_BVD).view(num_images, num_tokens, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out_BVD: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out_BVD
+
+
+class ClipBlock(nn.Module):
+    def __init__(self, config: ClipVisionConfig) -> None:
+        super().__init__()
+        hidden = config.dim * config.mlp_ratio
+        self.norm1 = LayerNorm(config.dim, config.eps)
+        self.attn = ClipAttention(config)
+        self.norm2 = LayerNorm(config.dim, config.eps)
+        self.mlp = nn.Sequential(Linear(config.dim, hidden), nn.GELU(), Linear(hidden, config.dim))
+
+    def forward(self, x_BVD: Tensor) -> Tensor:
+        x_BVD = x_BVD + self.attn(self.norm1(x_BVD))
+        x_BVD = x_BVD + self.mlp(self.norm2(x_BVD))
+        return x_BVD
+
+
+class ClipVision(nn.Module):
+    """CLIP vision tower up to the last block but one, without post norm: the features Wan 2.1 was trained on.
+
+    Its keys are those of the official file without the prefix `visual.`. A strict loader leaves out only these:
+    of the official file textual.*, log_scale, visual.head, visual.post_norm.{weight,bias} and the last block,
+    visual.transformer.{num_layers - 1}.*; of transformers files vision_model.post_layernorm.{weight,bias},
+    vision_model.encoder.layers.{num_layers - 1}.*, visual_projection.weight and vision_model.embeddings.position_ids.
+    Source: Wan-Video/Wan2.1 wan/modules/clip.py (Apache-2.0). Parity: tests/parity/test_encoders.py.
+    """
+
+    MEAN = (0.48145466, 0.4578275, 0.40821073)
+    STD = (0.26862954, 0.26130258, 0.27577711)
+
+    def __init__(self, config: ClipVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        num_tokens = (config.image_size // config.patch_size) ** 2 + 1
+        self.patch_embedding = nn.Conv2d(3, config.dim, config.patch_size, config.patch_size, bias=False)
+        self.cls_embedding = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.pos_embedding = nn.Parameter(torch.zeros(1, num_tokens, config.dim))
+        self.pre_norm = LayerNorm(config.dim, config.eps)
+        self.transformer = nn.ModuleList(ClipBlock(config) for _ in range(config.num_layers - 1))
+
+    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return features_BVD of RGB pixels in [-1, 1], of any size: the image is squashed to a square."""
+        size = (self.config.image_size, self.config.image_size)
+        # No antialiasing, and no clamp after the overshoot of the cubic: both as in the official code.
+        pixels = F.interpolate(pixels_BCHW.float(), size=size, mode="bicubic", align_corners=False) * 0.5 + 0.5
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.MEAN, self.STD))
+        return self.forward((pixels - mean) / std)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return features_BVD, float32, of pixels already square and normalised; V = 1 class token + the patches."""
+        weight = self.patch_embedding.weight
+        patches: Tensor = self.patch_embedding(pixels_BCHW.to(weight.device, weight.dtype))
+        cls = self.cls_embedding.expand(len(patches), -1, -1)
+        x_BVD: Tensor = torch.cat([cls.float(), patches.flatten(2).transpose(1, 2).float()], dim=1) + self.pos_embedding
+        x_BVD = self.pre_norm(x_BVD)
+        for block in self.transformer:
+            x_BVD = block(x_BVD)
+        return x_BVD
+
+
+# --- after loading -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_encoder(encoder: UMT5 | ClipVision, path: Path | str) -> None:
+    """Raise CheckpointError unless the encoder tells two inputs apart: zeroed or constant weights load without a word.
+
+    Costs one pass over two very short inputs.
+    """
+    if isinstance(encoder, UMT5):
+        step = encoder.config.vocab // 8
+        ids = torch.arange(step, step * 7, step).view(2, 3)
+        weights_IW = encoder.token_embedding(ids.flatten().to(encoder.token_embedding.weight.device)).float()
+        part, features_BSD = "token_embedding", encoder.encode(ids)
+    else:
+        weights_IW = encoder.patch_embedding.weight.flatten(1)[:8].float()
+        generator = torch.Generator().manual_seed(0)
+        size = encoder.config.image_size
+        part, features_BSD = "patch_embedding", encoder(torch.randn(2, 3, size, size, generator=generator))
+    if not features_BSD.isfinite().all():
+        raise _broken(path, "its features are not finite")
+    if not weights_IW.any():
+        raise _broken(path, f"its {part} is zero")
+    if (weights_IW == weights_IW[0]).all():
+        raise _broken(path, f"its {part} is the same everywhere")
+    if torch.allclose(features_BSD[0], features_BSD[1], rtol=1e-3, atol=1e-6):
+        raise _broken(path, "it gives the same features for different inputs")
+
+
+def _broken(path: Path | str, fault: str) -> CheckpointError:
+    hint = "The file is damaged or was saved wrongly; fetch it again."
+    return CheckpointError(f"the encoder in {path} cannot be used: {fault}", hint, path=path, found=fault)
