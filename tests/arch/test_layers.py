@@ -46,6 +46,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "kinema.planning": (*NOUNS, "kinema.sampling.schedule", "kinema.cost"),
     "kinema.ops": BELOW_OPS,
     "kinema.engine": (*BELOW_OPS, "kinema.ops"),
+    "kinema.request": NOUNS,
+    "kinema.settings": (*NOUNS, "kinema.request"),
+    "kinema.batch": (*NOUNS, "kinema.request", "kinema.planning", "kinema.engine"),
     "kinema.cli": ("kinema",),
     "kinema": ("kinema",),
 }
