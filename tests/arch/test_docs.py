@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from cli_words import FLAGS, VERBS
 
 ROOT = Path(__file__).parents[2]
