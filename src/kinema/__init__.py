@@ -1,1 +1,78 @@
-"""Kinema: one engine for the open Wan 2.1 and 2.2 video models."""
+"""Kinema: one engine for the open Wan 2.1 and 2.2 video models.
+
+    kinema.generate(prompt="a large red circle moves left", model="demo")   the first Result
+    kinema.plan(prompt=..., model=...)                                      the Plan, nothing loaded
+    with kinema.Engine() as engine: ...                                     models stay loaded
+
+The fields of `Request` are the keyword arguments. Importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kinema.errors import (
+    Cancelled,
+    CatalogError,
+    CheckpointError,
+    KinemaError,
+    MachineError,
+    NumericsError,
+    OutputError,
+    RequestError,
+)
+from kinema.schema import ModelRef, Plan, Request, Result, Settings
+from kinema.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from kinema.engine import Engine
+
+__all__ = [
+    "Cancelled",
+    "CatalogError",
+    "CheckpointError",
+    "Engine",
+    "KinemaError",
+    "MachineError",
+    "ModelRef",
+    "NumericsError",
+    "OutputError",
+    "Plan",
+    "Request",
+    "RequestError",
+    "Result",
+    "Settings",
+    "__version__",
+    "generate",
+    "generate_all",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Engine":
+        from kinema.engine import Engine
+
+        return Engine
+    raise AttributeError(f"module 'kinema' has no attribute {name!r}")
+
+
+def plan(*, settings: Settings | None = None, **fields: Any) -> Plan:
+    """Return the plan of a request given by its fields; no weight is loaded."""
+    from kinema.engine import Engine
+
+    with Engine(settings) as engine:
+        return engine.plan(Request(**fields))
+
+
+def generate_all(*, settings: Settings | None = None, **fields: Any) -> list[Result]:
+    """Run a request given by its fields and return one Result a seed."""
+    from kinema.engine import Engine
+
+    with Engine(settings) as engine:
+        return [event for event in engine.run(engine.plan(Request(**fields))) if isinstance(event, Result)]
+
+
+def generate(*, settings: Settings | None = None, **fields: Any) -> Result:
+    """Run a request given by its fields and return its Result; of several seeds the first, all are written."""
+    return generate_all(settings=settings, **fields)[0]

@@ -60,6 +60,8 @@ def _field(group: str, help: str, default: Any = None, **limits: Any) -> Any:
 class Request(Frozen):
     """What the user wants. Every field is optional except a model and one input; None lets the plan decide."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     prompt: str | None = _field("what", "What the video shows.")
     negative: str | None = _field("what", "What it should not show. Default: the model's own negative prompt.")
 
@@ -194,7 +196,17 @@ class Facts(Frozen):
 
 
 class CatalogEntry(Frozen):
-    """One model: the facts no file holds. Numbers are the official defaults."""
+    """One model: the facts no file holds. Numbers are the official defaults.
+
+    structure    fields of the DiT's configuration that its header must show.
+    takes, needs Request fields of media the model accepts, and those it cannot do without.
+    first_frame  "concat": mask and image are extra channels; "overwrite": the clean latent replaces the noise.
+    no_image     what a concat model does without an image: zeros in those channels, or a refusal.
+    sizes        width x height it was trained on; image_sizes more of them for single frames.
+    by_area      the input image's aspect, at the area of `size`, is the default size.
+    shift_480p   shift at areas up to 832x480, where the official code has another one there.
+    files        file names by role under a models folder, best first.
+    """
 
     name: str
     title: str
@@ -209,6 +221,8 @@ class CatalogEntry(Frozen):
     no_image: Literal["zeros", "refuse"] = "refuse"
     size: tuple[int, int]
     sizes: tuple[tuple[int, int], ...] = ()
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    by_area: bool = False
     frames: int = 81
     fps: float = 16
     steps: int = 50
@@ -293,7 +307,11 @@ class ImagePlan(Frozen):
 
 
 class Plan(Frozen):
-    """Every decision of a run, no tensors. `kinema plan` prints it; the output file carries it; replay runs it."""
+    """Every decision of a run, no tensors. `kinema plan` prints it; the output file carries it; replay runs it.
+
+    latent            (channels, latent frames, rows, columns).
+    hashes, versions  sha256 of every weight file by path, and of what ran them; filled in when the run ends.
+    """
 
     version: Literal[1] = 1
     kinema: str
@@ -330,6 +348,7 @@ class Plan(Frozen):
     output: OutputPlan
     notes: tuple[Note, ...] = ()
     hashes: dict[str, str] = {}
+    versions: dict[str, str] = {}
 
     @property
     def sigmas(self) -> tuple[float, ...]:

@@ -1,0 +1,93 @@
+"""The catalog table: TOML rows read into CatalogEntry, looked up by name or by structure."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kinema.errors import CatalogError
+from kinema.schema import CatalogEntry
+
+VAE_FILES = {"wan2.1": "vae21", "wan2.2": "vae22"}
+
+
+def load_catalog(extra: Sequence[Path] = ()) -> dict[str, CatalogEntry]:
+    """Return all models by name: those Kinema ships, then the user's files, whose rows win.
+
+    Raises CatalogError for a file that cannot be read or a row that is not a model.
+    """
+    shipped = resources.files("kinema.catalog").joinpath("models.toml").read_text("utf-8")
+    documents = [("kinema/catalog/models.toml", shipped)]
+    for path in extra:
+        try:
+            documents.append((str(path), Path(path).read_text("utf-8")))
+        except OSError as error:
+            raise CatalogError(f"catalog file {path} cannot be read: {error.strerror}", name=str(path)) from error
+    catalog: dict[str, CatalogEntry] = {}
+    shared: dict[str, Any] = {}
+    negatives: dict[str, str] = {}
+    for source, text in documents:
+        table = _parse(source, text)
+        shared |= table.get("shared", {})
+        negatives |= table.get("negatives", {})
+        for name, row in table.get("models", {}).items():
+            catalog[name] = _entry(source, name, row, shared, negatives)
+    return catalog
+
+
+def find_entry(name: str, catalog: Mapping[str, CatalogEntry]) -> CatalogEntry:
+    """Return the model called `name` (or one of its aliases, in any case); CatalogError names the nearest."""
+    wanted = name.casefold()
+    spelled = {alias.casefold(): entry for entry in catalog.values() for alias in (entry.name, *entry.aliases)}
+    if wanted in spelled:
+        return spelled[wanted]
+    near = difflib.get_close_matches(wanted, spelled, n=3, cutoff=0.5)
+    hint = f"nearest: {', '.join(sorted({spelled[n].name for n in near}))}" if near else "see `kinema models`"
+    raise CatalogError(f"no model is called {name!r}; known: {', '.join(catalog)}", hint, name=name)
+
+
+def matching_entries(config: Mapping[str, Any], catalog: Mapping[str, CatalogEntry]) -> list[CatalogEntry]:
+    """Return the models whose structure a DiT of this configuration has. Several may: a header holds no role."""
+    return [entry for entry in catalog.values() if fits(entry, config)]
+
+
+def fits(entry: CatalogEntry, config: Mapping[str, Any]) -> bool:
+    return all(config.get(field) == value for field, value in entry.structure.items())
+
+
+def _parse(source: str, text: str) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise CatalogError(f"catalog file {source} is not TOML: {error}", name=source) from error
+    unknown = set(table) - {"models", "negatives", "shared"}
+    if unknown:
+        raise CatalogError(
+            f"catalog file {source} has unknown tables: {', '.join(sorted(unknown))}",
+            "allowed: models, negatives, shared",
+            name=source,
+        )
+    return table
+
+
+def _entry(
+    source: str, name: str, row: Mapping[str, Any], shared: Mapping[str, Any], negatives: Mapping[str, str]
+) -> CatalogEntry:
+    fields = dict(row, name=name)
+    fields["negative"] = negatives.get(row.get("negative", ""), row.get("negative", ""))
+    files = {"text_encoder": shared.get("text_encoder", ()), **row.get("files", {})}
+    files.setdefault("vae", shared.get(VAE_FILES.get(row.get("vae", ""), ""), ()))
+    if row.get("structure", {}).get("has_clip_tokens"):
+        files.setdefault("clip_vision", shared.get("clip_vision", ()))
+    fields["files"] = files
+    try:
+        return CatalogEntry.model_validate(fields)
+    except ValidationError as error:
+        faults: Iterable[str] = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise CatalogError(f"model {name!r} in {source}: {'; '.join(faults)}", name=name) from error

@@ -1,0 +1,360 @@
+"""The order of verbs: plan -> load, encode, sample, decode, finish, told as events.
+
+Keeps models and encoded inputs from one run to the next. Owns stages, progress, cancelling and what is
+kept when finishing fails; what the verbs do is in ops, what is decided is in the plan.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from kinema import ops
+from kinema.errors import Cancelled, KinemaError, NumericsError, OutputError
+from kinema.media.background import BackgroundWriter
+from kinema.media.files import write_whole
+from kinema.media.preview import preview_rgb
+from kinema.media.video import write
+from kinema.models.encoders import UMT5, ClipVision, Tokenizer, encode_prompts
+from kinema.models.wan import WanDiT, first_nonfinite
+from kinema.models.wan_vae import WanVAE
+from kinema.planning import make_plan, output_folder, plan_output
+from kinema.planning.cost import work
+from kinema.residents import BackgroundHashes, Residents
+from kinema.runtime.machine import PeakMemory, record_calibration
+from kinema.sampling.denoiser import Branch, noise, sample
+from kinema.schema import (
+    Event,
+    Facts,
+    ModelRef,
+    Note,
+    OutputKind,
+    OutputPlan,
+    Plan,
+    Preview,
+    Progress,
+    Request,
+    Result,
+    Settings,
+    StageReport,
+)
+from kinema.survey import existing_names, survey
+from kinema.tensors import Conditions, Media
+from kinema.version import VERSION
+from kinema.weights.files import open_tensors
+
+Stop = Callable[[], bool]
+
+
+class Stages:
+    """What each stage of one run took; repeated stages (several seeds) add up in time."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._reports: dict[str, StageReport] = {}
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        with PeakMemory(self._device) as peak:
+            yield
+        seconds = time.perf_counter() - began
+        before = self._reports.get(stage)
+        self._reports[stage] = StageReport(
+            stage=stage,
+            seconds=seconds + (before.seconds if before else 0),
+            peak_bytes=max(peak.bytes, before.peak_bytes if before else 0),
+        )
+
+    @property
+    def reports(self) -> tuple[StageReport, ...]:
+        return tuple(self._reports.values())
+
+
+class Meter:
+    """Counts the units of one stage into Progress events, with the time left at the pace so far."""
+
+    def __init__(self, stage: str, total: int, seed: int | None = None) -> None:
+        self._stage, self._total, self._seed = stage, total, seed
+        self._done = 0
+        self._began = time.perf_counter()
+
+    def start(self) -> Progress:
+        return Progress(stage=self._stage, done=0, total=self._total, seed=self._seed)
+
+    def tick(self, units: int = 1) -> Progress:
+        self._done += units
+        pace = (time.perf_counter() - self._began) / self._done
+        return Progress(
+            stage=self._stage,
+            done=self._done,
+            total=self._total,
+            eta_seconds=pace * (self._total - self._done),
+            seed=self._seed,
+        )
+
+
+class Engine:
+    """Plans requests and runs plans; models stay loaded from one run to the next. A context manager.
+
+    Not for several threads at once: one engine runs one plan at a time.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self._models = Residents()
+        self._hashes = BackgroundHashes(self.settings.cache)
+        self._texts: dict[tuple[ModelRef, int, str], Tensor] = {}
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop all models and stop background work."""
+        self._models.clear()
+        self._texts.clear()
+        self._hashes.close()
+
+    def plan(self, request: Request) -> Plan:
+        """Return the plan of a request; every fault that can be known raises here, before a weight is loaded."""
+        entry, facts = survey(request, self.settings)
+        return make_plan(request, entry, facts)
+
+    def run(self, plan: Plan, cancelled: Stop = lambda: False) -> Iterator[Event]:
+        """Yield what happens, one Result a seed. `cancelled` is asked between steps; so is closing the generator.
+
+        Raises NumericsError rather than deliver a broken video, OutputError (with the latents kept and the
+        command that finishes the job) where decoding or writing fails, Cancelled.
+        """
+        yield from plan.notes
+        stages = Stages(plan.device)
+        self._hashes.begin(_weight_files(plan))
+        conditions = yield from self._encode(plan, stages, cancelled)
+        for index, seed in enumerate(plan.seeds):
+            latents_CFhw = yield from self._sample(plan, seed, conditions, stages, cancelled)
+            yield from self._finish(self._single(plan, index), seed, latents_CFhw, stages, cancelled)
+        self._calibrate(plan, stages)
+
+    def decode(self, path: Path, request: Request | None = None, cancelled: Stop = lambda: False) -> Iterator[Event]:
+        """Make the video of a latents file, beside it or where the output fields of `request` say."""
+        latents_CFhw, plan = ops.read_latents(path)
+        plan = plan.model_copy(update={"output": self._output_of(path, plan, request or Request())})
+        self._hashes.begin(_weight_files(plan))
+        yield from self._finish(plan, plan.seeds[0], latents_CFhw, Stages(plan.device), cancelled, kept=path)
+
+    # --- stages --------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _encode(self, plan: Plan, stages: Stages, cancelled: Stop) -> Generator[Event, None, dict[Branch, Conditions]]:
+        texts = [plan.prompt]
+        if any(step.guidance != 1.0 for step in plan.steps):
+            texts.append(plan.negative)
+        with stages.measure("encode text"):
+            yield (meter := Meter("encode text", 1)).start()
+            rows, cut = self._encode_texts(plan, texts)
+            yield meter.tick()
+        if cut:
+            yield Note(about="prompt", text=f"the last {cut} tokens are left out: {plan.model} reads {plan.text_len}")
+        clip = concat = clean = None
+        if plan.images:
+            _stop_if(cancelled)
+            with stages.measure("encode images"):
+                yield (meter := Meter("encode images", 1)).start()
+                if plan.clip_vision is not None:
+                    clip = ops.encode_clip(cast(ClipVision, self._models.get(plan.clip_vision)), plan)
+                concat, clean = ops.encode_images(cast(WanVAE, self._models.get(plan.vae)), plan)
+                yield meter.tick()
+        else:
+            concat, clean = ops.encode_images(None, plan)
+        branches: tuple[Branch, ...] = ("cond", "uncond")
+        return {branch: Conditions((text,), clip, concat, clean) for branch, text in zip(branches, rows, strict=False)}
+
+    def _encode_texts(self, plan: Plan, texts: list[str]) -> tuple[list[Tensor], int]:
+        """Rows of each text, from memory where it was encoded before, and how many tokens were cut from the prompt."""
+        keys = [(plan.text_encoder, plan.text_len, text) for text in texts]
+        tokenizer = load_tokenizer(plan.text_encoder)
+        new = [text for text, key in zip(texts, keys, strict=True) if key not in self._texts]
+        if new:
+            encoder = cast(UMT5, self._models.get(plan.text_encoder))
+            for text, rows in zip(new, encode_prompts(encoder, tokenizer, new, plan.text_len), strict=True):
+                self._texts[plan.text_encoder, plan.text_len, text] = rows
+        return [self._texts[key] for key in keys], tokenizer.encode(plan.prompt, plan.text_len).num_cut
+
+    @torch.inference_mode()
+    def _sample(
+        self, plan: Plan, seed: int, conditions: dict[Branch, Conditions], stages: Stages, cancelled: Stop
+    ) -> Generator[Event, None, Tensor]:
+        device = torch.device(plan.device)
+        velocity = ops.Velocity(lambda expert: cast(WanDiT, self._models.get(plan.experts[expert])), conditions, device)
+        first = plan.experts[plan.steps[0].expert]
+        if first not in self._models:
+            with stages.measure("load"):
+                yield (meter := Meter("load", 1)).start()
+                self._models.get(first)
+                yield meter.tick()
+        clean = conditions["cond"].clean_BCFhw
+        start = noise(seed, (1, *plan.latent)).to(device)
+        meter = Meter("sample", len(plan.steps), seed)
+        with stages.measure("sample"):
+            yield meter.start()
+            try:
+                for step in sample(plan.steps, plan.solver, start, velocity, clean):
+                    yield meter.tick()
+                    _stop_if(cancelled)
+                    if plan.output.preview is not None:
+                        yield self._preview(plan, step.index, step.x0[0])
+            except NumericsError as error:
+                raise _located(error, velocity.last) from error
+        return step.x[0].cpu()
+
+    def _preview(self, plan: Plan, index: int, latents_CFhw: Tensor) -> Preview:
+        path = cast(Path, plan.output.preview)
+        middle = latents_CFhw.shape[1] // 2
+        frame = preview_rgb(latents_CFhw[:, middle : middle + 1].cpu(), ops.preview_factors(plan))
+        media = Media(iter([ops.enlarged(frame, plan.height, plan.width)]), 1, plan.width, plan.height, plan.fps, {})
+        write(media, path, "png")
+        return Preview(step=index + 1, path=path)
+
+    @torch.inference_mode()
+    def _finish(
+        self,
+        plan: Plan,
+        seed: int,
+        latents_CFhw: Tensor,
+        stages: Stages,
+        cancelled: Stop,
+        kept: Path | None = None,
+    ) -> Iterator[Event]:
+        """Decode and write the outputs of one seed; its latents are on disk before, and stay there on failure."""
+        hashes = self._hashes.collect(_weight_files(plan))
+        plan = plan.model_copy(update={"hashes": hashes, "versions": versions()})
+        paths = dict(zip(plan.output.kinds, plan.output.paths[0], strict=True))
+        asked = paths.pop("latents", None)
+        safe = kept or _keep(ops.latents_bytes(latents_CFhw, plan), asked or _latents_beside(plan))
+        if paths:
+            try:
+                with stages.measure("decode"):
+                    yield from self._write(plan, seed, latents_CFhw, paths, cancelled)
+            except Exception as error:
+                raise _unfinished(error, safe) from error
+            if asked is None and kept is None:
+                safe.unlink()
+        yield Result(seed=seed, paths=plan.output.paths[0], plan=plan, stages=stages.reports)
+
+    def _write(
+        self, plan: Plan, seed: int, latents_CFhw: Tensor, paths: Mapping[OutputKind, Path], cancelled: Stop
+    ) -> Iterator[Event]:
+        """Decode once, every file written in a thread of its own while the next frames are made."""
+        vae = cast(WanVAE, self._models.get(plan.vae))
+        metadata = {} if plan.output.strip else {ops.PLAN_KEY: plan.model_dump_json(exclude_none=True)}
+
+        def write_one(path: Path, kind: OutputKind, chunks: Iterator[Tensor]) -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            media = Media(chunks, plan.frames, plan.width, plan.height, plan.fps, metadata)
+            write(media, path, kind, plan.output.quality)
+
+        yield (meter := Meter("decode", plan.frames, seed)).start()
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(BackgroundWriter(partial(write_one, path, kind))) for kind, path in paths.items()
+            ]
+            for frames_THWC in ops.decode_frames(vae, latents_CFhw, plan):
+                _stop_if(cancelled)
+                for writer in writers:
+                    writer.add(frames_THWC)
+                yield meter.tick(len(frames_THWC))
+        if not plan.output.strip:
+            beside = next(iter(paths.values())).with_suffix(".json")
+            write_whole(beside, plan.model_dump_json(exclude_none=True, indent=2).encode())
+
+    # --- small things --------------------------------------------------------------------------------
+
+    def _single(self, plan: Plan, index: int) -> Plan:
+        """The plan of one of several seeds: what its output file carries."""
+        output = plan.output.model_copy(update={"paths": (plan.output.paths[index],)})
+        return plan.model_copy(update={"seeds": (plan.seeds[index],), "output": output})
+
+    def _output_of(self, path: Path, plan: Plan, request: Request) -> OutputPlan:
+        save = request.save or path.with_name(path.name.removesuffix(".safetensors").removesuffix(".latents") + ".mp4")
+        kinds = request.output or tuple(kind for kind in plan.output.kinds if kind != "latents")
+        if request.save is None and kinds:
+            save = save.with_suffix(f".{kinds[0]}")
+        request = request.model_copy(update={"save": save, "output": kinds})
+        facts = Facts(existing=existing_names(output_folder(request)))
+        return plan_output(request, facts, plan.seeds, plan.frames, plan.prompt, [])
+
+    def _calibrate(self, plan: Plan, stages: Stages) -> None:
+        if self.settings.cache is not None:
+            seconds = {report.stage: report.seconds / len(plan.seeds) for report in stages.reports}
+            record_calibration(self.settings.cache / "calibration.json", plan.device, work(plan), seconds)
+
+
+def load_tokenizer(ref: ModelRef) -> Tokenizer:
+    """Return the tokenizer of a text encoder: its own file's, or the one beside it."""
+    if ref.tokenizer is not None:
+        return Tokenizer.from_path(ref.tokenizer)
+    return Tokenizer.from_bytes(open_tensors(ref.files[0]).get("spiece_model").numpy().tobytes())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what makes a video."""
+    return {"kinema": VERSION, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _weight_files(plan: Plan) -> tuple[Path, ...]:
+    refs = (*plan.experts.values(), plan.vae, plan.text_encoder, plan.clip_vision)
+    return tuple(dict.fromkeys(file for ref in refs if ref for file in ref.files))
+
+
+def _stop_if(cancelled: Stop) -> None:
+    if cancelled():
+        raise Cancelled("stopped as asked; no file was left half-written")
+
+
+def _latents_beside(plan: Plan) -> Path:
+    first = plan.output.paths[0][0]
+    return first.with_name(first.name.removesuffix(first.suffix) + ".latents.safetensors")
+
+
+def _keep(data: bytes, path: Path) -> Path:
+    """Write finished latents where the output goes, or in the system's temporary folder; return where."""
+    try:
+        write_whole(path, data)
+        return path
+    except OutputError:
+        elsewhere = Path(tempfile.gettempdir()) / path.name
+        write_whole(elsewhere, data)
+        return elsewhere
+
+
+def _unfinished(error: Exception, latents: Path) -> KinemaError:
+    """The error to raise when the video could not be made of finished latents: where they are, what to type."""
+    hint = f"the finished latents are in {latents}; make the video with: kinema decode {latents}"
+    if isinstance(error, KinemaError):
+        return type(error)(error.message, f"{error.hint}\n{hint}".strip(), **{**error.details, "latents": str(latents)})
+    return OutputError(f"the video could not be made: {error}", hint, latents=str(latents))
+
+
+def _located(error: NumericsError, last: ops.LastCall | None) -> NumericsError:
+    """The same error, naming the first layer whose output is not finite, if the last forward shows it."""
+    if last is None:
+        return error
+    timesteps = torch.full((last.x_BCFhw.shape[0],), last.timestep, device=last.x_BCFhw.device)
+    layer = first_nonfinite(last.model, last.x_BCFhw, timesteps, last.context)
+    if layer is None:
+        return error
+    return NumericsError(
+        f"{error.message}; it begins in layer {layer}", error.hint, **{**error.details, "layer": layer}
+    )

@@ -1,0 +1,193 @@
+"""The verbs as functions: encode, sample, decode, finish. Each takes models and tensors and returns tensors or files.
+
+What they do is written in the Plan; in which order, and what stays loaded, is the engine's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from kinema.errors import CheckpointError, NumericsError
+from kinema.media.frames import crop_to, latent_mask, resize, to_video_range
+from kinema.media.image import read_image
+from kinema.models.encoders import ClipVision
+from kinema.models.wan import Context, WanDiT
+from kinema.models.wan_vae import WanVAE
+from kinema.sampling.denoiser import Branch
+from kinema.schema import Expert, ImagePlan, Plan
+from kinema.tensors import Conditions
+from kinema.weights.files import open_tensors
+
+PLAN_KEY = "kinema"
+"""Metadata key under which an output file carries its plan."""
+
+
+# --- encode --------------------------------------------------------------------------------------
+
+
+def read_planned(image: ImagePlan) -> Tensor:
+    """Return image_CHW float32 in [-1, 1] at the size the plan gives it."""
+    pixels_CHW = to_video_range(read_image(image.path)[0])
+    fit = crop_to if image.crop else resize
+    return fit(pixels_CHW, image.width, image.height, image.filter)
+
+
+def encode_clip(clip: ClipVision, plan: Plan) -> Tensor:
+    """Return CLIP tokens [1, 257 or 514, 1280] of the input images, at their own resolution, first then last."""
+    tokens = [clip.encode(to_video_range(read_image(image.path)[0])[None]) for image in plan.images]
+    return torch.cat(tokens, dim=1)
+
+
+@torch.inference_mode()
+def encode_images(vae: WanVAE | None, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
+    """Return (concat_BCFhw, clean_BCFhw) of the plan's images; None for what this model does not use.
+
+    A concat model without an image gets zeros; `vae` may then be None.
+    """
+    channels, latent_frames, h, w = plan.latent
+    if plan.first_frame == "none":
+        return None, None
+    if vae is None or not plan.images:
+        return torch.zeros(1, 4 + channels, latent_frames, h, w), None
+    images = {image.role: read_planned(image).to(vae.latent_mean.device) for image in plan.images}
+    if plan.first_frame == "overwrite":
+        return None, vae.encode(images["first"][None, :, None], tile=plan.tile)
+    return image_channels(vae, images, plan.frames, plan.chunk, plan.tile), None
+
+
+def image_channels(
+    vae: WanVAE, images: Mapping[str, Tensor], frames: int, chunk: int = 1, tile: int | None = None
+) -> Tensor:
+    """Return mask4 + image channels, [1, 4 + z, F, h, w]: 1 where a frame is given, and the latents of the
+    given frames among grey ones.
+
+    images  image_CHW in [-1, 1] by role: "first" for frame 0, "last" for the last of `frames`.
+    Source: Wan-Video/Wan2.2 wan/image2video.py; Wan-Video/Wan2.1 wan/first_last_frame2video.py (Apache-2.0).
+    """
+    places = {"first": 0, "last": frames - 1}
+    some = next(iter(images.values()))
+    video_BCTHW = some.new_zeros(1, 3, frames, *some.shape[1:])
+    for role, image_CHW in images.items():
+        video_BCTHW[0, :, places[role]] = image_CHW
+    latents_BCFhw = vae.encode(video_BCTHW, chunk=chunk, tile=tile)
+    known = [places[role] for role in images]
+    mask_CFhw = latent_mask(known, frames, *latents_BCFhw.shape[3:]).to(latents_BCFhw)
+    return torch.cat([mask_CFhw[None], latents_BCFhw], dim=1)
+
+
+# --- sample --------------------------------------------------------------------------------------
+
+
+@dataclass
+class LastCall:
+    """What the DiT was last asked, so that a non-finite answer can be traced to a layer."""
+
+    model: WanDiT
+    x_BCFhw: Tensor
+    timestep: float
+    context: Context
+
+
+class Velocity:
+    """The velocity the denoiser asks for, by expert and branch; contexts are prepared once each.
+
+    load        expert -> loaded WanDiT.
+    conditions  by branch.
+    """
+
+    def __init__(
+        self, load: Callable[[Expert], WanDiT], conditions: Mapping[Branch, Conditions], device: torch.device
+    ) -> None:
+        self._load, self._conditions, self._device = load, conditions, device
+        self._contexts: dict[tuple[Expert, Branch], Context] = {}
+        self._current: tuple[Expert, WanDiT] | None = None
+        self.last: LastCall | None = None
+
+    def __call__(self, expert: Expert, branch: Branch, x_BCFhw: Tensor, timestep: float) -> Tensor:
+        model = self._model(expert)
+        key = (expert, branch)
+        if key not in self._contexts:
+            self._contexts[key] = model.prepare(self._conditions[branch].to(self._device))
+        context = self._contexts[key]
+        self.last = LastCall(model, x_BCFhw, timestep, context)
+        return model(x_BCFhw, torch.full((x_BCFhw.shape[0],), timestep, device=self._device), context)
+
+    def _model(self, expert: Expert) -> WanDiT:
+        if self._current is None or self._current[0] != expert:
+            # The other expert's contexts are of no more use: the run crosses the boundary once.
+            self._contexts = {key: value for key, value in self._contexts.items() if key[0] == expert}
+            self._current = (expert, self._load(expert))
+        return self._current[1]
+
+
+# --- decode and keep -----------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def decode_frames(vae: WanVAE, latents_CFhw: Tensor, plan: Plan) -> Iterator[Tensor]:
+    """Yield frames_THWC, float32 in [0, 1], in order, `plan.chunk` latent frames at a time.
+
+    Raises NumericsError for values that are not finite, and at the end for a video of one single colour:
+    a black video is never delivered.
+    """
+    lowest, highest = 1.0, 0.0
+    device = vae.latent_mean.device
+    for video_BCTHW in vae.decode_chunks(latents_CFhw[None].to(device), chunk=plan.chunk, tile=plan.tile):
+        if not bool(torch.isfinite(video_BCTHW).all()):
+            raise NumericsError(
+                "the VAE decoded values that are not finite",
+                "run again with --precision reference; if it stays, check the VAE with: kinema inspect FILE",
+                stage="decode",
+            )
+        frames_THWC = video_BCTHW[0].clamp(-1, 1).add(1).div(2).permute(1, 2, 3, 0).cpu()
+        lowest, highest = min(lowest, frames_THWC.min().item()), max(highest, frames_THWC.max().item())
+        yield frames_THWC
+    if highest - lowest < 1 / 255:
+        raise NumericsError(
+            f"every pixel of the video has the same value ({lowest:.3f})",
+            "the weights or the settings are wrong; check the files with: kinema inspect FILE",
+            stage="decode",
+        )
+
+
+def latents_bytes(latents_CFhw: Tensor, plan: Plan) -> bytes:
+    """Return a safetensors file of the latents, carrying the plan that made them."""
+    return save(
+        {"latents": latents_CFhw.contiguous().cpu().float()},
+        metadata={PLAN_KEY: plan.model_dump_json(exclude_none=True)},
+    )
+
+
+def read_latents(path: Path) -> tuple[Tensor, Plan]:
+    """Return (latents_CFhw, plan) of a file that `latents_bytes` made; CheckpointError for any other."""
+    file = open_tensors(path)
+    metadata = dict(file.metadata)
+    if PLAN_KEY not in metadata or "latents" not in file.names:
+        raise CheckpointError(
+            f"{path} holds no latents of Kinema: it needs the tensor `latents` and the metadata `{PLAN_KEY}`",
+            "pass a file that `kinema generate --output latents` wrote",
+            path=str(path),
+        )
+    return file.get("latents").float(), Plan.model_validate(json.loads(metadata[PLAN_KEY]))
+
+
+# --- preview -------------------------------------------------------------------------------------
+
+
+def preview_factors(plan: Plan) -> Tensor | None:
+    """Return the linear latent-to-RGB factors a VAE file brings along, None to take the official ones."""
+    factors = plan.vae.config.get("preview_rgb")
+    return None if factors is None else torch.tensor(factors)
+
+
+def enlarged(frame_THWC: Tensor, height: int, width: int) -> Tensor:
+    """Return a small frame at the video's size, each cell a square."""
+    frame_TCHW = frame_THWC.permute(0, 3, 1, 2).float()
+    return torch.nn.functional.interpolate(frame_TCHW, (height, width), mode="nearest").permute(0, 2, 3, 1)

@@ -1,0 +1,69 @@
+"""Sizes and lengths a Wan model can make, and the nearest ones to what was asked. Pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+PATCH = 2
+"""Latent cells a token spans, each way."""
+
+TEMPORAL_STRIDE = 4
+"""Pixel frames a latent frame spans, after the first."""
+
+SPATIAL_STRIDE = {"wan2.1": 8, "wan2.2": 16}
+LATENT_CHANNELS = {"wan2.1": 16, "wan2.2": 48}
+
+
+def latent_frames(frames: int) -> int:
+    """Latent frames of `frames` = 4n+1 pixel frames."""
+    return (frames - 1) // TEMPORAL_STRIDE + 1
+
+
+def nearest_frames(frames: float) -> tuple[int, ...]:
+    """Return the legal lengths 4n+1 on either side of `frames`, nearest first; one where it is legal itself."""
+    below = max(1, math.floor((frames - 1) / TEMPORAL_STRIDE) * TEMPORAL_STRIDE + 1)
+    above = below if below >= frames else below + TEMPORAL_STRIDE
+    return tuple(sorted({below, above}, key=lambda n: (abs(n - frames), n)))
+
+
+def nearest_multiples(length: int, multiple: int) -> tuple[int, ...]:
+    """Return the multiples on either side of `length`, nearest first, never 0."""
+    below = max(multiple, length // multiple * multiple)
+    above = below if below >= length else below + multiple
+    return tuple(sorted({below, above}, key=lambda n: (abs(n - length), n)))
+
+
+def size_by_area(width: int, height: int, area: int) -> tuple[int, int]:
+    """Return (width, height) of about `area` pixels at the image's aspect, both multiples of 16.
+
+    Rounded down as the official image-to-video code does.
+    Source: Wan-Video/Wan2.2 wan/image2video.py.
+    """
+    stride = SPATIAL_STRIDE["wan2.1"]
+    aspect = height / width
+    rows = round(math.sqrt(area * aspect) // stride // PATCH * PATCH)
+    columns = round(math.sqrt(area / aspect) // stride // PATCH * PATCH)
+    return max(columns, PATCH) * stride, max(rows, PATCH) * stride
+
+
+def size_by_area_wan22(width: int, height: int, area: int) -> tuple[int, int]:
+    """Return (width, height) within `area` nearest to the image's aspect, both multiples of 32; TI2V-5B's rule.
+
+    Source: Wan-Video/Wan2.2 wan/utils/utils.py best_output_size.
+    """
+    multiple = SPATIAL_STRIDE["wan2.2"] * PATCH
+    ratio = width / height
+
+    def down(length: float) -> int:
+        return max(multiple, int(length // multiple) * multiple)
+
+    wide = down(math.sqrt(area * ratio))
+    by_width = (wide, down(area / wide))
+    tall = down(math.sqrt(area / ratio))
+    by_height = (down(area / tall), tall)
+
+    def distance(size: tuple[int, int]) -> float:
+        got = size[0] / size[1]
+        return max(ratio / got, got / ratio)
+
+    return by_width if distance(by_width) < distance(by_height) else by_height

@@ -1,0 +1,245 @@
+"""Request + catalog entry + facts -> Plan: every decision of a run, made before anything is loaded.
+
+Pure Python. All variant logic lives here; what is decided for the user is recorded as a Note, and what
+cannot mean anything is refused with the nearest thing that can.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kinema.errors import MachineError, RequestError
+from kinema.planning.checks import check_components, check_media
+from kinema.planning.cost import estimate
+from kinema.planning.geometry import LATENT_CHANNELS, PATCH, SPATIAL_STRIDE, latent_frames
+from kinema.planning.outputs import plan_output
+from kinema.planning.shape import plan_images, plan_length, plan_size, plan_tile
+from kinema.sampling.schedule import expert_of, schedule
+from kinema.schema import (
+    AREAS,
+    CatalogEntry,
+    Expert,
+    Facts,
+    FileFacts,
+    Machine,
+    ModelRef,
+    Note,
+    Plan,
+    PlanStep,
+    Precision,
+    Request,
+)
+from kinema.version import VERSION
+
+
+def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
+    """Return the whole run as data.
+
+    Raises RequestError for what the model cannot make, CheckpointError for files that do not belong
+    together, MachineError for what cannot fit on this machine. Draws a random seed where none is given;
+    apart from that the same arguments give the same plan.
+    """
+    notes: list[Note] = []
+    check_media(request, entry)
+    check_components(request, entry, facts)
+    task = _task(request, entry)
+    width, height = plan_size(request, entry, facts, notes)
+    frames, fps = plan_length(request, entry, notes)
+    stride = SPATIAL_STRIDE[entry.vae]
+    latent = (LATENT_CHANNELS[entry.vae], latent_frames(frames), height // stride, width // stride)
+    precision: Precision = request.precision or "fast"
+    shift = _shift(request, entry, width * height)
+    boundary = _boundary(request, entry)
+    steps = _steps(request, entry, shift, boundary, notes)
+    prompt, negative = _texts(request, entry, steps, notes)
+    seeds = _seeds(request)
+    plan = Plan(
+        kinema=VERSION,
+        request=request,
+        model=entry.name,
+        title=entry.title,
+        licence=entry.licence,
+        task=task,
+        experts=_experts(entry, facts, precision),
+        vae=_ref(facts.files["vae"], facts.machine, "float32"),
+        text_encoder=_ref(facts.files["text_encoder"], facts.machine, _dtype(precision, facts.machine), facts),
+        clip_vision=_clip(entry, facts, precision),
+        prompt=prompt,
+        negative=negative,
+        text_len=entry.text_len,
+        images=plan_images(request, entry, facts, (width, height), notes),
+        first_frame=_first_frame(request, entry, facts),
+        width=width,
+        height=height,
+        frames=frames,
+        fps=fps,
+        latent=latent,
+        tokens=latent[1] * (latent[2] // PATCH) * (latent[3] // PATCH),
+        seeds=seeds,
+        solver=request.solver or entry.solver,
+        shift=shift,
+        boundary=boundary,
+        steps=steps,
+        precision=precision,
+        device=facts.machine.device,
+        tile=plan_tile(request, stride),
+        chunk=request.chunk or 1,
+        output=plan_output(request, facts, seeds, frames, prompt, notes),
+        notes=tuple(notes),
+    )
+    return _with_costs(plan, facts)
+
+
+def _task(request: Request, entry: CatalogEntry) -> str:
+    if request.frames == 1:
+        return "text to image"
+    given = [name for name in ("first", "last") if getattr(request, name)]
+    return {0: "text to video", 1: "image to video", 2: "first and last frame to video"}[len(given)]
+
+
+def _first_frame(request: Request, entry: CatalogEntry, facts: Facts) -> Any:
+    if entry.first_frame == "overwrite":
+        return "overwrite" if request.first else "none"
+    return "concat" if facts.files["dit"].config["in_channels"] > LATENT_CHANNELS[entry.vae] else "none"
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def _shift(request: Request, entry: CatalogEntry, area: int) -> float:
+    if request.shift is not None:
+        return request.shift
+    return entry.shift_480p if entry.shift_480p and area <= AREAS["480p"] else entry.shift
+
+
+def _boundary(request: Request, entry: CatalogEntry) -> float | None:
+    return request.boundary if request.boundary is not None else entry.boundary
+
+
+def _steps(
+    request: Request, entry: CatalogEntry, shift: float, boundary: float | None, notes: list[Note]
+) -> tuple[PlanStep, ...]:
+    guidance = _guidance(request, entry, notes)
+    grid = schedule(request.solver or entry.solver, request.steps or entry.steps, shift)
+    steps = []
+    for sigma, timestep in zip(grid.sigmas, grid.timesteps, strict=False):
+        expert: Expert = "model" if boundary is None else expert_of(timestep, boundary)
+        steps.append(PlanStep(sigma=sigma, timestep=timestep, expert=expert, guidance=guidance[expert]))
+    for expert in entry.experts:
+        if all(step.expert != expert for step in steps):
+            notes.append(Note(about="boundary", text=f"the {expert}-noise expert runs no step at boundary {boundary}"))
+    return tuple(steps)
+
+
+def _guidance(request: Request, entry: CatalogEntry, notes: list[Note]) -> dict[str, float]:
+    low = request.guidance if request.guidance is not None else entry.guidance
+    if "high" not in entry.experts:
+        return {"model": low}
+    high = request.guidance_high
+    if high is None and request.guidance is not None:
+        high = request.guidance
+        notes.append(
+            Note(about="guidance", text=f"{high:g} for both experts; --guidance-high sets the high-noise one apart")
+        )
+    if high is None:
+        high = entry.guidance_high if entry.guidance_high is not None else entry.guidance
+    return {"low": low, "high": high}
+
+
+def _texts(request: Request, entry: CatalogEntry, steps: Sequence[PlanStep], notes: list[Note]) -> tuple[str, str]:
+    prompt = (request.prompt or "").strip()
+    if not prompt and not request.first:
+        raise RequestError(
+            f"no prompt: {entry.name} has nothing to show",
+            'pass a text, for example: kinema generate "a cat walks on grass"',
+            field="prompt",
+            got=request.prompt,
+        )
+    if not prompt:
+        notes.append(Note(about="prompt", text="no prompt: the motion is the model's own choice"))
+    negative = request.negative if request.negative is not None else entry.negative
+    if request.negative and all(step.guidance == 1 for step in steps):
+        notes.append(Note(about="negative", text="the negative prompt has no effect at guidance 1"))
+    return prompt, negative
+
+
+def _seeds(request: Request) -> tuple[int, ...]:
+    if request.seeds and (request.seed is not None or request.count > 1):
+        raise RequestError(
+            f"seeds {','.join(map(str, request.seeds))} already says which and how many; "
+            f"{'seed' if request.seed is not None else 'count'} cannot be given as well",
+            "leave out --seed and --count, or --seeds",
+            field="seeds",
+            got=list(request.seeds),
+        )
+    for seed in request.seeds:
+        if not 0 <= seed < 2**63:
+            raise RequestError(
+                f"seed {seed} is out of range; allowed are 0 to {2**63 - 1}",
+                "pass another seed",
+                field="seeds",
+                got=seed,
+            )
+    first = request.seed if request.seed is not None else secrets.randbelow(2**32)
+    return request.seeds or tuple(range(first, first + request.count))
+
+
+# --- how it is held ------------------------------------------------------------------------------
+
+
+def _dtype(precision: Precision, machine: Machine) -> Any:
+    return "bfloat16" if precision == "fast" and machine.bfloat16 else "float32"
+
+
+def _experts(entry: CatalogEntry, facts: Facts, precision: Precision) -> dict[Expert, ModelRef]:
+    dtype = _dtype(precision, facts.machine)
+    roles: Mapping[Expert, str] = {"high": "dit_high", "low": "dit", "model": "dit"}
+    return {
+        expert: _ref(facts.files[roles[expert]], facts.machine, dtype, config={"text_len": entry.text_len})
+        for expert in entry.experts
+    }
+
+
+def _clip(entry: CatalogEntry, facts: Facts, precision: Precision) -> ModelRef | None:
+    if not entry.structure.get("has_clip_tokens"):
+        return None
+    on_gpu = facts.machine.device != "cpu" and precision == "fast"
+    return _ref(facts.files["clip_vision"], facts.machine, "float16" if on_gpu else "float32")
+
+
+def _ref(
+    file: FileFacts,
+    machine: Machine,
+    dtype: Any,
+    facts: Facts | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> ModelRef:
+    return ModelRef(
+        component=file.component,
+        files=file.files,
+        dialect=file.dialect,
+        container=file.container,
+        config={**file.config, **(config or {})},
+        dtype=dtype,
+        device=machine.device,
+        bytes=file.bytes,
+        parameters=file.parameters,
+        tokenizer=facts.tokenizer if facts else None,
+    )
+
+
+def _with_costs(plan: Plan, facts: Facts) -> Plan:
+    costs = estimate(plan, facts.machine)
+    peak = max(costs, key=lambda cost: cost.peak_bytes)
+    machine = facts.machine
+    if machine.memory_total and peak.peak_bytes > machine.memory_total:
+        raise MachineError(
+            f"{peak.stage} needs about {peak.peak_bytes / 1e9:.1f} GB; {machine.name or machine.device} has "
+            f"{machine.memory_total / 1e9:.1f} GB",
+            "take fewer frames, a smaller --size or a smaller model",
+            need=peak.peak_bytes,
+            have=machine.memory_total,
+        )
+    return plan.model_copy(update={"costs": costs})

@@ -1,0 +1,132 @@
+"""Size, length and how the images are fitted: what was asked, the model's default, or a refusal with the nearest."""
+
+from __future__ import annotations
+
+from kinema.errors import RequestError
+from kinema.planning.geometry import (
+    PATCH,
+    SPATIAL_STRIDE,
+    latent_frames,
+    nearest_frames,
+    nearest_multiples,
+    size_by_area,
+    size_by_area_wan22,
+)
+from kinema.schema import AREAS, CatalogEntry, Facts, ImagePlan, Note, Request
+
+
+def plan_size(request: Request, entry: CatalogEntry, facts: Facts, notes: list[Note]) -> tuple[int, int]:
+    multiple = SPATIAL_STRIDE[entry.vae] * PATCH
+    by_area = size_by_area_wan22 if entry.vae == "wan2.2" else size_by_area
+    image = facts.media.get("first", (None,))[0]
+    if request.size and request.size not in AREAS:
+        width, height = (int(side) for side in request.size.split("x"))
+        _check_sides(width, height, multiple)
+    elif request.size or (image and entry.by_area):
+        area = AREAS[request.size] if request.size else entry.size[0] * entry.size[1]
+        width, height = by_area(*(image.width, image.height) if image else (16, 9), area)
+        aspect = f"the aspect of {image.path.name} ({image.width}x{image.height})" if image else "16:9"
+        asked = request.size or f"{entry.size[0]}x{entry.size[1]}"
+        notes.append(Note(about="size", text=f"{width}x{height}: {asked} as area, at {aspect}"))
+    else:
+        width, height = entry.size
+    trained = entry.sizes + (entry.image_sizes if request.frames == 1 else ())
+    if trained and (width, height) not in trained and not (image and entry.by_area and not request.size):
+        known = ", ".join(f"{w}x{h}" for w, h in trained)
+        notes.append(Note(about="size", text=f"{width}x{height} is not a size {entry.name} was made for ({known})"))
+    return width, height
+
+
+def _check_sides(width: int, height: int, multiple: int) -> None:
+    if width % multiple or height % multiple:
+        near = f"{nearest_multiples(width, multiple)[0]}x{nearest_multiples(height, multiple)[0]}"
+        raise RequestError(
+            f"size {width}x{height} does not divide: both sides must be multiples of {multiple}; nearest is {near}",
+            f"pass --size {near}",
+            field="size",
+            got=f"{width}x{height}",
+            allowed=f"multiples of {multiple}",
+            nearest=near,
+        )
+
+
+def plan_length(request: Request, entry: CatalogEntry, notes: list[Note]) -> tuple[int, float]:
+    if request.frames is not None and request.seconds is not None:
+        raise RequestError(
+            f"frames {request.frames} and seconds {request.seconds} both say how long; give one",
+            "leave out --frames or --seconds",
+            field="seconds",
+            got=request.seconds,
+        )
+    fps = request.fps or entry.fps
+    if request.fps and request.fps != entry.fps:
+        notes.append(
+            Note(about="fps", text=f"plays at {request.fps:g} fps; {entry.name} moves as at {entry.fps:g} fps")
+        )
+    if request.seconds is not None:
+        frames = nearest_frames(request.seconds * fps + 1)[0]
+        notes.append(Note(about="frames", text=f"{request.seconds:g} s at {fps:g} fps is {frames} frames (4n+1)"))
+    else:
+        frames = request.frames or entry.frames
+    if (frames - 1) % 4:
+        near = nearest_frames(frames)
+        raise RequestError(
+            f"frames {frames} is not 4n+1; nearest are {' and '.join(map(str, sorted(near)))}",
+            f"pass --frames {near[0]}",
+            field="frames",
+            got=frames,
+            allowed="4n+1",
+            nearest=near[0],
+        )
+    images = sum(1 for field in ("first", "last") if getattr(request, field))
+    if images and latent_frames(frames) < images + 1:
+        raise RequestError(
+            f"frames {frames} leaves nothing to make beside the given image{'s' if images > 1 else ''}; "
+            f"at least {4 * images + 1} are needed",
+            f"pass --frames {entry.frames}",
+            field="frames",
+            got=frames,
+            nearest=4 * images + 1,
+        )
+    return frames, fps
+
+
+def plan_images(
+    request: Request, entry: CatalogEntry, facts: Facts, size: tuple[int, int], notes: list[Note]
+) -> tuple[ImagePlan, ...]:
+    plans = []
+    for role in ("first", "last"):
+        for media in facts.media.get(role, ()):
+            derived = role == "first" and entry.by_area and (request.size is None or request.size in AREAS)
+            overwrite = entry.first_frame == "overwrite"
+            crop = overwrite or not derived
+            if crop and abs(media.width * size[1] - media.height * size[0]) > media.width * 16:
+                shape = f"{media.path.name} ({media.width}x{media.height})"
+                notes.append(Note(about=role, text=f"{shape} is cropped at its centre to {size[0]}x{size[1]}"))
+            if media.has_alpha:
+                notes.append(Note(about=role, text=f"{media.path.name} has transparency, which is dropped"))
+            plans.append(
+                ImagePlan(
+                    role=role,
+                    path=media.path,
+                    width=size[0],
+                    height=size[1],
+                    crop=crop,
+                    filter="lanczos" if overwrite else "bicubic",
+                )
+            )
+    return tuple(plans)
+
+
+def plan_tile(request: Request, stride: int) -> int | None:
+    multiple = 2 * stride
+    if request.tile and request.tile % multiple:
+        near = nearest_multiples(request.tile, multiple)[0]
+        raise RequestError(
+            f"tile {request.tile} is not a multiple of {multiple}; nearest is {near}",
+            f"pass --tile {near}",
+            field="tile",
+            got=request.tile,
+            nearest=near,
+        )
+    return request.tile

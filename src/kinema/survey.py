@@ -1,0 +1,207 @@
+"""Find out everything a plan depends on: which model is meant, where its files are, what the inputs are.
+
+Reads headers only; loads no weight. The result, Facts, is all that planning sees of the world.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from kinema.catalog import find_entry, find_files, load_catalog, matching_entries
+from kinema.catalog.installed import missing
+from kinema.errors import CatalogError, RequestError
+from kinema.media.image import read_image
+from kinema.media.video import probe
+from kinema.planning import MEDIA_FIELDS, check_media, output_folder
+from kinema.runtime.machine import probe_machine
+from kinema.schema import CatalogEntry, Facts, FileFacts, MediaFacts, Request, Settings
+from kinema.weights.detect import find_tokenizer, inspect, resolve_folder
+
+COMPONENTS: dict[str, str] = {
+    "dit": "dit",
+    "dit_high": "dit",
+    "vae": "vae",
+    "text_encoder": "text_encoder",
+    "clip_vision": "clip_vision",
+}
+"""The kind of model each role asks for."""
+
+IMAGE_FIELDS = ("first", "last", "reference", "control_image", "control_mask")
+TOKENIZER_SOURCE = "the folder google/umt5-xxl of the repository Wan-AI/Wan2.1-T2V-1.3B (spiece.model, tokenizer.json)"
+
+
+def survey(request: Request, settings: Settings) -> tuple[CatalogEntry, Facts]:
+    """Return the model that is meant and all facts about files, inputs, machine and output folder.
+
+    Raises CatalogError for what is not there, CheckpointError for files that are not what they are used
+    as, RequestError for inputs that cannot be read and for a model that cannot be told from its files.
+    """
+    catalog = load_catalog(settings.catalogs)
+    named = find_entry(request.model, catalog) if request.model and not _is_folder(request.model) else None
+    if named is not None:
+        check_media(request, named)
+    paths = _locate(request, named, settings)
+    files = {role: _inspect(role, path) for role, path in paths.items() if role in COMPONENTS}
+    entry = named or _identify(request, files, catalog)
+    lacking = missing(entry, paths)
+    if lacking:
+        flags = ", ".join(f"--{role.replace('_', '-')} FILE" for role in lacking)
+        raise CatalogError(
+            f"{entry.name} lacks its {', '.join(role.replace('_', ' ') for role in lacking)}",
+            f"pass {flags}",
+            name=entry.name,
+            missing=lacking,
+        )
+    check_media(request, entry)
+    folder = output_folder(request)
+    facts = Facts(
+        files=files,
+        tokenizer=_tokenizer(request, paths, files["text_encoder"], settings),
+        media={field: tuple(_media(field, path) for path in _given(request, field)) for field in MEDIA_FIELDS},
+        machine=probe_machine(request.device, settings.cache / "calibration.json" if settings.cache else None),
+        existing=existing_names(folder),
+        output_free=_free(folder),
+    )
+    return entry, facts
+
+
+# --- which files ---------------------------------------------------------------------------------
+
+
+def _is_folder(model: str) -> bool:
+    return os.sep in model or model.startswith((".", "~")) or Path(model).is_dir()
+
+
+def _locate(request: Request, named: CatalogEntry | None, settings: Settings) -> dict[str, Path]:
+    """Paths by role: flags win over the folder or the installed files of the named model."""
+    flags = {role: getattr(request, role) for role in (*COMPONENTS, "tokenizer") if getattr(request, role)}
+    for role, path in flags.items():
+        if not path.exists():
+            raise CatalogError(f"--{role.replace('_', '-')} {path}: no such file", _near(path), name=str(path))
+    if named is None and not request.model:
+        if not flags:
+            raise RequestError(
+                "no model: neither a name nor files were given",
+                "pass --model NAME (see `kinema models`), --model FOLDER, or --dit, --vae and --text-encoder",
+                field="model",
+                got=None,
+            )
+        return flags
+    if named is None:
+        folder = Path(str(request.model)).expanduser()
+        if not folder.is_dir():
+            raise CatalogError(f"--model {folder}: no such folder", _near(folder), name=str(folder))
+        return {**resolve_folder(folder), **flags}
+    if not missing(named, flags):
+        return flags
+    return {**find_files(named, settings.models), **flags}
+
+
+def _near(path: Path) -> str:
+    folder = next((parent for parent in path.absolute().parents if parent.is_dir()), None)
+    names = sorted(item.name for item in folder.iterdir())[:8] if folder else []
+    return f"{folder} holds: {', '.join(names) or 'nothing'}"
+
+
+def _inspect(role: str, path: Path) -> FileFacts:
+    facts = inspect(path)
+    if facts.component != COMPONENTS[role]:
+        flag = f"--{role.replace('_', '-')}"
+        right = "--" + facts.component.replace("_", "-")
+        raise RequestError(
+            f"{flag} {path} is a {facts.component.replace('_', ' ')} ({facts.structure})",
+            f"pass it as {right}, and a {COMPONENTS[role].replace('_', ' ')} file as {flag}",
+            field=role,
+            got=str(path),
+            allowed=COMPONENTS[role],
+        )
+    return facts
+
+
+def _identify(request: Request, files: Mapping[str, FileFacts], catalog: Mapping[str, CatalogEntry]) -> CatalogEntry:
+    """The one model these files can be. Which of several a file belongs to is asked for, never guessed."""
+    if "dit" not in files:
+        raise CatalogError("no DiT file was given or found", "pass --dit FILE, or --model NAME", name="dit")
+    experts = 2 if "dit_high" in files else 1
+    entries = [entry for entry in matching_entries(files["dit"].config, catalog) if len(entry.experts) == experts]
+    if len(entries) > 1 and request.model:
+        name = Path(request.model).expanduser().resolve().name.casefold()
+        entries = [e for e in entries if name in {r.split("/")[-1].casefold() for r in e.repositories}] or entries
+    if len(entries) == 1:
+        one = entries[0]
+        twins = [e for e in matching_entries(files["dit"].config, catalog) if len(e.experts) != experts]
+        if request.model or not twins:
+            return one
+        entries = [one, *twins]
+    if not entries:
+        known = ", ".join(entry.name for entry in catalog.values())
+        raise CatalogError(
+            f"{files['dit'].path} ({files['dit'].structure}) is none of: {known}",
+            "name the model it belongs to with --model NAME",
+            name=str(files["dit"].path),
+        )
+    raise RequestError(
+        f"{files['dit'].path} may be {' or '.join(entry.name for entry in entries)}: the file itself does not say",
+        f"pass --model {entries[0].name}" + "".join(f" or --model {entry.name}" for entry in entries[1:]),
+        field="model",
+        got=None,
+        allowed=[entry.name for entry in entries],
+    )
+
+
+def _tokenizer(request: Request, paths: Mapping[str, Path], encoder: FileFacts, settings: Settings) -> Path | None:
+    """The tokenizer's path, or None where the text encoder's file holds it."""
+    if request.tokenizer:
+        return find_tokenizer(request.tokenizer, ())
+    if encoder.has_tokenizer:
+        return None
+    found = paths.get("tokenizer") or find_tokenizer(encoder.path, settings.models)
+    if found is None:
+        searched = ", ".join(map(str, (encoder.path.parent, *settings.models)))
+        raise CatalogError(
+            f"{encoder.path} holds no tokenizer, and none lies in {searched}",
+            f"put {TOKENIZER_SOURCE} beside the text encoder, or pass --tokenizer PATH",
+            name="tokenizer",
+        )
+    return found
+
+
+# --- inputs and outputs --------------------------------------------------------------------------
+
+
+def _given(request: Request, field: str) -> Iterable[Path]:
+    value = getattr(request, field)
+    if not value or isinstance(value, str):
+        return ()
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _media(field: str, path: Path) -> MediaFacts:
+    if not path.is_file():
+        raise RequestError(f"--{field.replace('_', '-')} {path}: no such file", _near(path), field=field, got=str(path))
+    return read_image(path)[1] if field in IMAGE_FIELDS else probe(path)
+
+
+def existing_names(folder: Path) -> frozenset[str]:
+    """Return the names in a folder; none where it is not there yet."""
+    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+
+
+def _free(folder: Path) -> int:
+    """Free bytes where outputs go; RequestError for a folder that cannot be written."""
+    place = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()), Path("/"))
+    if not place.is_dir():
+        raise RequestError(
+            f"save {folder}: {place} is a file, not a folder",
+            "pass --save another folder",
+            field="save",
+            got=str(folder),
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise RequestError(
+            f"save {folder}: {place} cannot be written to", "pass --save another folder", field="save", got=str(folder)
+        )
+    return shutil.disk_usage(place).free
