@@ -1,0 +1,75 @@
+"""What a checkpoint is, from its header alone; and which files of a folder play which role.
+
+Structure comes from names and shapes. Role (which expert) is in no file: names only suggest it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from kinema.schema import FileFacts
+from kinema.weights.files import TensorFile, open_tensors
+from kinema.weights.folders import find_tokenizer, resolve_folder
+from kinema.weights.keys import Translation, translate
+from kinema.weights.structure import MODELS, Shapes, build_for
+
+__all__ = ["find_tokenizer", "inspect", "resolve_folder"]
+
+
+def inspect(path: Path | str | Sequence[Path]) -> FileFacts:
+    """Return what a checkpoint (file, folder, index or shards) is. Reads headers only.
+
+    Raises CheckpointError for a file that is damaged, quantised, another model, or not exactly a model that is known.
+    """
+    file = open_tensors(path)
+    translation = translate(file)
+    shapes = Shapes(file, translation)
+    model = MODELS[translation.dialect.component]
+    config = model.config(shapes)
+    build_for(shapes, config)
+    return FileFacts(
+        path=file.path,
+        files=file.files,
+        bytes=file.bytes,
+        container=file.container,
+        component=translation.dialect.component,
+        dialect=translation.dialect.name,
+        dtype=_main_dtype(file, translation),
+        tensors=len(shapes.table),
+        parameters=sum(math.prod(shape) for shape in shapes.table.values()),
+        config=config,
+        structure=model.describe(config),
+        ignored=tuple(_counted(pattern, names) for pattern, names in translation.ignored.items()),
+        has_tokenizer="spiece_model" in file,
+        name_suggests=name_suggests(file.path) if translation.dialect.component == "dit" else None,
+    )
+
+
+def name_suggests(path: Path) -> Literal["high", "low"] | None:
+    """Return which expert the file's or folder's name hints at: a hint, for publishers differ, never a decision."""
+    for name in (path.name, path.parent.name):
+        found = {word.lower() for word in re.findall(r"(?i)(?<![a-z])(high|low)(?:[-_. ]?noise)?(?![a-z])", name)}
+        if found:
+            return None if len(found) > 1 else "high" if found == {"high"} else "low"
+    folder = path if path.is_dir() else path.parent
+    if folder.name == "transformer" and (folder.parent / "transformer_2").is_dir():
+        return "high"
+    return "low" if folder.name == "transformer_2" else None
+
+
+def _main_dtype(file: TensorFile, translation: Translation) -> str:
+    """The dtype of most parameters."""
+    weight: Counter[str] = Counter()
+    for source in translation.sources.values():
+        for name in source.names:
+            weight[str(file.dtype(name)).removeprefix("torch.")] += math.prod(file.shape(name))
+    return weight.most_common(1)[0][0]
+
+
+def _counted(pattern: str, names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{pattern} ({len(names)} tensors)"

@@ -1,0 +1,349 @@
+"""How each publisher spells the tensors of a model: tables from their names to the official ones.
+
+A dialect is data: marks that prove it, a prefix, names it may ignore, and rules. Shapes and values are others' affair.
+Source: Wan-Video/Wan2.1 and Wan-Video/Wan2.2 wan/modules (official names); huggingface/diffusers
+scripts/convert_wan_to_diffusers.py; huggingface/transformers UMT5EncoderModel, CLIPVisionModel; ComfyUI file headers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kinema.schema import Component
+from kinema.weights.files import TensorFile
+from kinema.weights.foreign import refuse_foreign, refuse_quantised
+
+
+@dataclass(frozen=True)
+class Rule:
+    """File names that match `pattern` whole are the official tensor `official` (a template of re.sub).
+
+    part       its place among several that are joined along axis 0.
+    lead       axes of size 1 to put in front of its shape.
+    copy       a second name of the same tensor: used where the first is absent, else ignored.
+    """
+
+    pattern: str
+    official: str
+    part: int = 0
+    lead: int = 0
+    copy: bool = False
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One spelling of one component. `marks` are names every such file has; names and rules are without `prefix`."""
+
+    component: Component
+    name: str
+    marks: tuple[str, ...]
+    rules: tuple[Rule, ...] = (Rule("(.+)", r"\1"),)
+    prefix: str = ""
+    ignore: tuple[str, ...] = ()
+
+
+@dataclass
+class Source:
+    """File names by part, to be joined along axis 0, then led by axes of size 1."""
+
+    parts: dict[int, str] = field(default_factory=dict)
+    lead: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.parts[part] for part in sorted(self.parts))
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What a file's names mean.
+
+    sources    official name -> where it comes from.
+    ignored    pattern of the dialect's list -> the names it left out.
+    leftover   names that mean nothing in this dialect.
+    """
+
+    dialect: Dialect
+    sources: dict[str, Source]
+    ignored: dict[str, tuple[str, ...]]
+    leftover: tuple[str, ...]
+
+    def shape(self, file: TensorFile, official: str) -> tuple[int, ...]:
+        """Shape the official tensor will have. Parts that do not fit together give the first part's other axes."""
+        source = self.sources[official]
+        shapes = [file.shape(name) for name in source.names]
+        joined = shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes if shape), *shapes[0][1:])
+        return (1,) * source.lead + joined
+
+    def read(self, file: TensorFile, official: str) -> Tensor:
+        """Return the official tensor: mapped, unless it has to be joined of parts."""
+        source = self.sources[official]
+        parts = [file.get(name) for name in source.names]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return tensor.reshape((1,) * source.lead + tensor.shape)
+
+
+# --- DiT -------------------------------------------------------------------------------------------
+
+WB = r"\.(weight|bias)"
+
+DIT_DIFFUSERS = (
+    Rule(rf"patch_embedding{WB}", r"patch_embedding.\1"),
+    Rule(rf"condition_embedder\.text_embedder\.linear_1{WB}", r"text_embedding.0.\1"),
+    Rule(rf"condition_embedder\.text_embedder\.linear_2{WB}", r"text_embedding.2.\1"),
+    Rule(rf"condition_embedder\.time_embedder\.linear_1{WB}", r"time_embedding.0.\1"),
+    Rule(rf"condition_embedder\.time_embedder\.linear_2{WB}", r"time_embedding.2.\1"),
+    Rule(rf"condition_embedder\.time_proj{WB}", r"time_projection.1.\1"),
+    Rule(rf"condition_embedder\.image_embedder\.norm1{WB}", r"img_emb.proj.0.\1"),
+    Rule(rf"condition_embedder\.image_embedder\.ff\.net\.0\.proj{WB}", r"img_emb.proj.1.\1"),
+    Rule(rf"condition_embedder\.image_embedder\.ff\.net\.2{WB}", r"img_emb.proj.3.\1"),
+    Rule(rf"condition_embedder\.image_embedder\.norm2{WB}", r"img_emb.proj.4.\1"),
+    Rule(r"condition_embedder\.image_embedder\.pos_embed", "img_emb.emb_pos"),
+    Rule(r"blocks\.(\d+)\.scale_shift_table", r"blocks.\1.modulation"),
+    Rule(rf"blocks\.(\d+)\.attn1\.to_(q|k|v){WB}", r"blocks.\1.self_attn.\2.\3"),
+    Rule(rf"blocks\.(\d+)\.attn2\.to_(q|k|v){WB}", r"blocks.\1.cross_attn.\2.\3"),
+    Rule(rf"blocks\.(\d+)\.attn1\.to_out\.0{WB}", r"blocks.\1.self_attn.o.\2"),
+    Rule(rf"blocks\.(\d+)\.attn2\.to_out\.0{WB}", r"blocks.\1.cross_attn.o.\2"),
+    Rule(r"blocks\.(\d+)\.attn1\.(norm_q|norm_k)\.weight", r"blocks.\1.self_attn.\2.weight"),
+    Rule(r"blocks\.(\d+)\.attn2\.(norm_q|norm_k)\.weight", r"blocks.\1.cross_attn.\2.weight"),
+    Rule(rf"blocks\.(\d+)\.attn2\.add_(k|v)_proj{WB}", r"blocks.\1.cross_attn.\2_img.\3"),
+    Rule(r"blocks\.(\d+)\.attn2\.norm_added_k\.weight", r"blocks.\1.cross_attn.norm_k_img.weight"),
+    # In order of use diffusers counts 1, 2, 3 and the official code 1, 3, 2; only the middle one has weights.
+    Rule(rf"blocks\.(\d+)\.norm2{WB}", r"blocks.\1.norm3.\2"),
+    Rule(rf"blocks\.(\d+)\.ffn\.net\.0\.proj{WB}", r"blocks.\1.ffn.0.\2"),
+    Rule(rf"blocks\.(\d+)\.ffn\.net\.2{WB}", r"blocks.\1.ffn.2.\2"),
+    Rule(r"scale_shift_table", "head.modulation"),
+    Rule(rf"proj_out{WB}", r"head.head.\1"),
+)
+
+# --- VAE -------------------------------------------------------------------------------------------
+
+WBG = r"\.(weight|bias|gamma)"
+RESIDUAL = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
+RESIDUAL["conv_shortcut"] = "shortcut"
+
+
+def _residual(theirs: str, official: str, group: int) -> tuple[Rule, ...]:
+    """Rules of one residual block; `group` is the number of the last group in `theirs`, plus one."""
+    return tuple(Rule(rf"{theirs}\.{name}{WBG}", rf"{official}.{place}.\{group}") for name, place in RESIDUAL.items())
+
+
+def _resampler(theirs: str, official: str, group: int) -> tuple[Rule, ...]:
+    return (Rule(rf"{theirs}\.(resample\.1|time_conv){WB}", rf"{official}.\{group}.\{group + 1}"),)
+
+
+VAE_DIFFUSERS_SHARED = (
+    Rule(rf"quant_conv{WB}", r"conv1.\1"),
+    Rule(rf"post_quant_conv{WB}", r"conv2.\1"),
+    Rule(rf"(encoder|decoder)\.conv_in{WB}", r"\1.conv1.\2"),
+    Rule(r"(encoder|decoder)\.norm_out\.gamma", r"\1.head.0.gamma"),
+    Rule(rf"(encoder|decoder)\.conv_out{WB}", r"\1.head.2.\2"),
+    *_residual(r"(encoder|decoder)\.mid_block\.resnets\.0", r"\1.middle.0", 2),
+    *_residual(r"(encoder|decoder)\.mid_block\.resnets\.1", r"\1.middle.2", 2),
+    Rule(r"(encoder|decoder)\.mid_block\.attentions\.0\.norm\.gamma", r"\1.middle.1.norm.gamma"),
+    Rule(rf"(encoder|decoder)\.mid_block\.attentions\.0\.(to_qkv|proj){WB}", r"\1.middle.1.\2.\3"),
+)
+
+UP_LEVELS, UP_BLOCKS = 4, 3
+"""Levels of the decoder and residual blocks of each: diffusers nests what the 2.1 names count through."""
+
+VAE21_DIFFUSERS = (
+    *VAE_DIFFUSERS_SHARED,
+    *_residual(r"encoder\.down_blocks\.(\d+)", r"encoder.downsamples.\1", 2),
+    *_resampler(r"encoder\.down_blocks\.(\d+)", r"encoder.downsamples.\1", 2),
+    *(
+        rule
+        for level in range(UP_LEVELS)
+        for block in range(UP_BLOCKS)
+        for rule in _residual(
+            rf"decoder\.up_blocks\.{level}\.resnets\.{block}",
+            rf"decoder.upsamples.{(UP_BLOCKS + 1) * level + block}",
+            1,
+        )
+    ),
+    *(
+        rule
+        for level in range(UP_LEVELS - 1)
+        for rule in _resampler(
+            rf"decoder\.up_blocks\.{level}\.upsamplers\.0",
+            rf"decoder.upsamples.{(UP_BLOCKS + 1) * level + UP_BLOCKS}",
+            1,
+        )
+    ),
+)
+
+VAE22_DIFFUSERS = (
+    *VAE_DIFFUSERS_SHARED,
+    *_residual(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)", r"encoder.downsamples.\1.downsamples.\2", 3),
+    *_resampler(r"encoder\.down_blocks\.(\d+)\.downsampler", rf"encoder.downsamples.\1.downsamples.{UP_BLOCKS - 1}", 2),
+    *_residual(r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)", r"decoder.upsamples.\1.upsamples.\2", 3),
+    *_resampler(r"decoder\.up_blocks\.(\d+)\.upsampler", rf"decoder.upsamples.\1.upsamples.{UP_BLOCKS}", 2),
+)
+
+# --- encoders --------------------------------------------------------------------------------------
+
+T5_BLOCK, T5_ATTENTION = r"encoder\.block\.(\d+)", r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention"
+
+TEXT_TRANSFORMERS = (
+    Rule(r"shared\.weight", "token_embedding.weight"),
+    Rule(r"encoder\.embed_tokens\.weight", "token_embedding.weight", copy=True),
+    Rule(rf"{T5_ATTENTION}\.(q|k|v|o)\.weight", r"blocks.\1.attn.\2.weight"),
+    Rule(rf"{T5_ATTENTION}\.relative_attention_bias\.weight", r"blocks.\1.pos_embedding.embedding.weight"),
+    Rule(rf"{T5_BLOCK}\.layer\.0\.layer_norm\.weight", r"blocks.\1.norm1.weight"),
+    Rule(rf"{T5_BLOCK}\.layer\.1\.layer_norm\.weight", r"blocks.\1.norm2.weight"),
+    Rule(rf"{T5_BLOCK}\.layer\.1\.DenseReluDense\.wi_0\.weight", r"blocks.\1.ffn.gate.0.weight"),
+    Rule(rf"{T5_BLOCK}\.layer\.1\.DenseReluDense\.wi_1\.weight", r"blocks.\1.ffn.fc1.weight"),
+    Rule(rf"{T5_BLOCK}\.layer\.1\.DenseReluDense\.wo\.weight", r"blocks.\1.ffn.fc2.weight"),
+    Rule(r"encoder\.final_layer_norm\.weight", "norm.weight"),
+)
+
+CLIP_LAYER = r"vision_model\.encoder\.layers\.(\d+)"
+
+CLIP_TRANSFORMERS = (
+    Rule(r"vision_model\.embeddings\.class_embedding", "cls_embedding", lead=2),
+    Rule(r"vision_model\.embeddings\.position_embedding\.weight", "pos_embedding", lead=1),
+    Rule(r"vision_model\.embeddings\.patch_embedding\.weight", "patch_embedding.weight"),
+    Rule(rf"vision_model\.pre_layrnorm{WB}", r"pre_norm.\1"),  # spelt so in every file
+    Rule(rf"vision_model\.post_layernorm{WB}", r"post_norm.\1"),
+    Rule(rf"{CLIP_LAYER}\.self_attn\.q_proj{WB}", r"transformer.\1.attn.to_qkv.\2", part=0),
+    Rule(rf"{CLIP_LAYER}\.self_attn\.k_proj{WB}", r"transformer.\1.attn.to_qkv.\2", part=1),
+    Rule(rf"{CLIP_LAYER}\.self_attn\.v_proj{WB}", r"transformer.\1.attn.to_qkv.\2", part=2),
+    Rule(rf"{CLIP_LAYER}\.self_attn\.out_proj{WB}", r"transformer.\1.attn.proj.\2"),
+    Rule(rf"{CLIP_LAYER}\.layer_norm1{WB}", r"transformer.\1.norm1.\2"),
+    Rule(rf"{CLIP_LAYER}\.layer_norm2{WB}", r"transformer.\1.norm2.\2"),
+    Rule(rf"{CLIP_LAYER}\.mlp\.fc1{WB}", r"transformer.\1.mlp.0.\2"),
+    Rule(rf"{CLIP_LAYER}\.mlp\.fc2{WB}", r"transformer.\1.mlp.2.\2"),
+)
+
+CLIP_UNUSED = (r"post_norm\.(weight|bias)", r"head", r"transformer\.LAST\..+")
+"""Official names that Wan never runs: it takes the features before the last block."""
+
+# --- the table ---------------------------------------------------------------------------------------
+
+DIT_MARKS = ("head.modulation", "blocks.0.self_attn.q.weight")
+
+DIALECTS = (
+    Dialect("dit", "official", DIT_MARKS),
+    Dialect("dit", "comfyui", DIT_MARKS, prefix="model.diffusion_model."),
+    Dialect("dit", "comfyui", DIT_MARKS, prefix="diffusion_model."),
+    Dialect("dit", "diffusers", ("condition_embedder.time_proj.weight", "blocks.0.attn1.to_q.weight"), DIT_DIFFUSERS),
+    Dialect("vae", "official", ("conv2.weight", "decoder.middle.0.residual.0.gamma")),
+    Dialect("vae", "diffusers", ("post_quant_conv.weight", "encoder.down_blocks.0.norm1.gamma"), VAE21_DIFFUSERS),
+    Dialect(
+        "vae", "diffusers", ("post_quant_conv.weight", "encoder.down_blocks.0.resnets.0.norm1.gamma"), VAE22_DIFFUSERS
+    ),
+    Dialect(
+        "text_encoder",
+        "official",
+        ("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"),
+        ignore=("spiece_model",),
+    ),
+    Dialect(
+        "text_encoder",
+        "transformers",
+        (
+            "encoder.block.0.layer.0.SelfAttention.q.weight",
+            # T5 has a bias in block 0 alone, umT5 in every block.
+            "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",
+        ),
+        TEXT_TRANSFORMERS,
+        ignore=("spiece_model",),
+    ),
+    Dialect(
+        "clip_vision",
+        "official",
+        ("cls_embedding", "transformer.0.attn.to_qkv.weight"),
+        prefix="visual.",
+        ignore=(r"textual\..+", "log_scale"),
+    ),
+    Dialect("clip_vision", "official", ("cls_embedding", "transformer.0.attn.to_qkv.weight")),
+    Dialect(
+        "clip_vision",
+        "transformers",
+        ("vision_model.embeddings.class_embedding", "vision_model.encoder.layers.0.self_attn.q_proj.weight"),
+        CLIP_TRANSFORMERS,
+        ignore=(
+            r"visual_projection\.weight",
+            r"vision_model\.embeddings\.position_ids",
+            r"text_model\..+",
+            r"text_projection\.weight",
+            "logit_scale",
+        ),
+    ),
+)
+
+
+def translate(file: TensorFile) -> Translation:
+    """Return what the names of a file mean. Raises CheckpointError for quantised files and for other models."""
+    refuse_quantised(file)
+    dialect = _recognise(file)
+    if dialect is None:
+        refuse_foreign(file)
+    sources: dict[str, Source] = {}
+    ignored: dict[str, list[str]] = {}
+    leftover: list[str] = []
+    copies: list[tuple[str, str, Rule]] = []
+    for name in file:
+        bare = name.removeprefix(dialect.prefix)
+        rule = _rule(dialect, bare) if name.startswith(dialect.prefix) else None
+        if pattern := _matching(dialect.ignore, name):
+            ignored.setdefault(pattern, []).append(name)
+        elif rule is None:
+            leftover.append(name)
+        elif rule.copy:
+            copies.append((name, re.sub(rule.pattern, rule.official, bare), rule))
+        elif not _place(sources, re.sub(rule.pattern, rule.official, bare), name, rule):
+            leftover.append(name)
+    for name, official, rule in copies:
+        if not _place(sources, official, name, rule):
+            ignored.setdefault(rule.pattern, []).append(name)
+    for official in _unused(dialect.component, sources):
+        names = sources.pop(official).names
+        ignored.setdefault(_without_index(names[0]), []).extend(names)
+    tidy = {pattern.replace("\\", ""): tuple(names) for pattern, names in ignored.items()}
+    return Translation(dialect, sources, tidy, tuple(leftover))
+
+
+def component_of(file: TensorFile) -> Component | None:
+    """Return which component the names of a file prove, None for others. Never raises."""
+    dialect = _recognise(file)
+    return dialect.component if dialect else None
+
+
+def _recognise(file: TensorFile) -> Dialect | None:
+    return next((row for row in DIALECTS if all(row.prefix + mark in file for mark in row.marks)), None)
+
+
+def _rule(dialect: Dialect, name: str) -> Rule | None:
+    return next((rule for rule in dialect.rules if re.fullmatch(rule.pattern, name)), None)
+
+
+def _matching(patterns: Iterable[str], name: str) -> str | None:
+    return next((pattern for pattern in patterns if re.fullmatch(pattern, name)), None)
+
+
+def _place(sources: dict[str, Source], official: str, name: str, rule: Rule) -> bool:
+    """File `name` under its official name; False where that place is taken."""
+    source = sources.setdefault(official, Source(lead=rule.lead))
+    if rule.part in source.parts:
+        return False
+    source.parts[rule.part] = name
+    return True
+
+
+def _unused(component: Component, sources: Iterable[str]) -> list[str]:
+    if component != "clip_vision":
+        return []
+    layers = [int(match[1]) for name in sources if (match := re.match(r"transformer\.(\d+)\.", name))]
+    patterns = [pattern.replace("LAST", str(max(layers, default=0))) for pattern in CLIP_UNUSED]
+    return [name for name in sources if _matching(patterns, name)]
+
+
+def _without_index(name: str) -> str:
+    match = re.match(r"(.*\.\d+)\.", name)
+    return f"{match[1]}.+" if match else name

@@ -1,0 +1,51 @@
+"""A recipe of files becomes a module: built without memory, filled with mapped tensors, checked to be exactly it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from kinema.errors import CheckpointError
+from kinema.models.wan import stays_float32
+from kinema.schema import Component, ModelRef
+from kinema.weights.files import open_tensors
+from kinema.weights.keys import translate
+from kinema.weights.structure import WHAT, Shapes, build, check
+
+FLOAT32_KEYS: dict[Component, Callable[[str], bool]] = {"dit": stays_float32}
+"""Which official names stay float32 whatever the dtype asked for."""
+
+
+def load(ref: ModelRef) -> nn.Module:
+    """Return the module of a recipe, in eval mode and without gradients, on `ref.device`.
+
+    On the CPU, tensors already of the right dtype stay mapped: they cost no memory of their own until they are used,
+    and then only page cache. Others are converted one by one, so that there is never a second copy of the model.
+    Raises CheckpointError for missing, left-over or misshapen tensors.
+    """
+    file = open_tensors(ref.files)
+    translation = translate(file)
+    if translation.dialect.component != ref.component:
+        found, wanted = WHAT[translation.dialect.component], WHAT[ref.component]
+        raise CheckpointError(f"{file.path} is {found}, not {wanted}", path=file.path, expected=wanted, found=found)
+    shapes = Shapes(file, translation)
+    module = build(ref.component, ref.config)
+    check(shapes, module)
+    dtype, keeps = getattr(torch, ref.dtype), FLOAT32_KEYS.get(ref.component, lambda _: False)
+    state = {
+        name: _placed(translation.read(file, name), torch.float32 if keeps(name) else dtype, ref.device)
+        for name in module.state_dict()
+    }
+    module.load_state_dict(state, strict=True, assign=True)
+    unfilled = [name for name, tensor in chain(module.named_parameters(), module.named_buffers()) if tensor.is_meta]
+    assert not unfilled, f"{type(module).__name__} made {unfilled[:3]} outside its state dict on the meta device"
+    return module.requires_grad_(False).eval()
+
+
+def _placed(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    """Move before converting, so that the faster device converts."""
+    tensor = tensor.to(device)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,0 +1,291 @@
+"""From shapes to models: the constructor arguments a file implies, the module they make, and whether the two agree.
+
+Shapes decide, never file names or hashes. Tensors are not read here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kinema.errors import CheckpointError, KinemaError
+from kinema.models.encoders import UMT5, ClipVision, ClipVisionConfig, TextEncoderConfig
+from kinema.models.wan import WanConfig, WanDiT
+from kinema.models.wan_vae import LATENT_STATISTICS, WanVAE, WanVAEConfig
+from kinema.schema import Component
+from kinema.weights.files import TensorFile
+from kinema.weights.keys import Translation
+
+CLIP_HEAD_WIDTH = 80
+CLIP_VIT_H = (1280, 32)
+"""Width and layers of the one CLIP that Wan was trained with."""
+
+
+class Shapes:
+    """Shapes by official name; a question about an absent tensor is a CheckpointError."""
+
+    def __init__(self, file: TensorFile, translation: Translation) -> None:
+        self.file, self.translation = file, translation
+        self.table = {name: translation.shape(file, name) for name in translation.sources}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.table
+
+    def axis(self, name: str, axis: int) -> int:
+        shape = self.table.get(name, ())
+        if not -len(shape) <= axis < len(shape):
+            problem = "is missing" if name not in self.table else f"has shape {list(shape)}"
+            raise self.error(f"{name} {problem}, from which its structure is read", key=name)
+        return shape[axis]
+
+    def count(self, pattern: str) -> int:
+        """How many numbers the group of `pattern` counts through, from 0."""
+        numbers = {int(match[1]) for name in self.table if (match := re.match(pattern, name))}
+        if numbers and max(numbers) > len(self.table):
+            raise self.error(f"a layer is numbered {max(numbers)}")
+        return max(numbers, default=-1) + 1
+
+    def error(self, problem: str, hint: str = "", **details: Any) -> CheckpointError:
+        dialect = self.translation.dialect
+        where = f"{self.file.path} (read as {WHAT[dialect.component]} in {dialect.name} names)"
+        return CheckpointError(f"{where}: {problem}", hint, path=self.file.path, dialect=dialect.name, **details)
+
+
+# --- constructor arguments -------------------------------------------------------------------------
+
+
+def dit_config(shapes: Shapes) -> dict[str, Any]:
+    has_clip_tokens = "img_emb.proj.0.bias" in shapes
+    config: dict[str, Any] = {
+        "dim": shapes.axis("head.modulation", -1),
+        "ffn_dim": shapes.axis("blocks.0.ffn.0.weight", 0),
+        "num_layers": shapes.count(r"blocks\.(\d+)\."),
+        "in_channels": shapes.axis("patch_embedding.weight", 1),
+        "out_channels": shapes.axis("head.head.weight", 0) // 4,
+        "text_dim": shapes.axis("text_embedding.0.weight", 1),
+        "freq_dim": shapes.axis("time_embedding.0.weight", 1),
+        "has_clip_tokens": has_clip_tokens,
+    }
+    if has_clip_tokens:
+        config["clip_dim"] = shapes.axis("img_emb.proj.0.bias", 0)
+    if "img_emb.emb_pos" in shapes:
+        config["num_clip_positions"] = shapes.axis("img_emb.emb_pos", 1)
+    if config["dim"] % WanConfig.head_dim:
+        raise shapes.error(f"its width {config['dim']} does not divide into heads {WanConfig.head_dim} wide")
+    return config
+
+
+def vae_config(shapes: Shapes) -> dict[str, Any]:
+    version = "2.2" if "decoder.upsamples.0.upsamples.0.residual.2.weight" in shapes else "2.1"
+    levels = _vae_levels(shapes, version)
+    dim = shapes.axis("encoder.conv1.weight", 0)
+    widths = [shapes.axis(f"{level[0]}.residual.6.weight", 0) for level in levels if level]
+    dim_mult = [width // max(dim, 1) for width in widths]
+    config: dict[str, Any] = {
+        "version": version,
+        "dim": dim,
+        "dec_dim": shapes.axis("decoder.conv1.weight", 0) // max(1, *dim_mult[-1:], 1),
+        "z_dim": shapes.axis("conv2.weight", 0),
+        "dim_mult": dim_mult,
+        "num_res_blocks": sum(f"{name}.residual.2.weight" in shapes for name in (levels or [[]])[0]),
+        "temporal_downsample": [f"{level[-1]}.time_conv.weight" in shapes for level in levels[:-1]],
+    }
+    return config | _latent_statistics(shapes, version, config["z_dim"])
+
+
+def _vae_levels(shapes: Shapes, version: str) -> list[list[str]]:
+    """Names of the encoder's layers, level by level; each level but the last ends with its resampler."""
+    count = shapes.count(r"encoder\.downsamples\.(\d+)\.")
+    if version == "2.2":
+        inner = [shapes.count(rf"encoder\.downsamples\.{n}\.downsamples\.(\d+)\.") for n in range(count)]
+        return [[f"encoder.downsamples.{n}.downsamples.{m}" for m in range(inner[n])] for n in range(count)]
+    levels: list[list[str]] = [[]]
+    for name in (f"encoder.downsamples.{n}" for n in range(count)):
+        levels[-1].append(name)
+        if f"{name}.resample.1.weight" in shapes:
+            levels.append([])
+    return [level for level in levels if level]
+
+
+def _latent_statistics(shapes: Shapes, version: str, z_dim: int) -> dict[str, Any]:
+    """latent_mean and latent_std where the file carries its own; the official ones fit only their own width."""
+    metadata = shapes.file.metadata
+    if "latent_mean" not in metadata or "latent_std" not in metadata:
+        if len(LATENT_STATISTICS[version][0]) == z_dim:
+            return {}
+        raise shapes.error(
+            f"mean and deviation of its {z_dim} latent channels are unknown",
+            "Store them in the safetensors metadata as latent_mean and latent_std, JSON lists.",
+        )
+    statistics = {}
+    for key in ("latent_mean", "latent_std"):
+        try:
+            values = [float(value) for value in json.loads(metadata[key])]
+        except (ValueError, TypeError) as error:
+            raise shapes.error(f"its metadata {key} is not a JSON list of numbers") from error
+        if len(values) != z_dim or not all(map(math.isfinite, values)) or (key == "latent_std" and min(values) <= 0):
+            raise shapes.error(f"its metadata {key} is not {z_dim} usable numbers")
+        statistics[key] = values
+    return statistics
+
+
+def text_config(shapes: Shapes) -> dict[str, Any]:
+    return {
+        "vocab": shapes.axis("token_embedding.weight", 0),
+        "dim": shapes.axis("token_embedding.weight", 1),
+        "dim_attn": shapes.axis("blocks.0.attn.q.weight", 0),
+        "num_heads": shapes.axis("blocks.0.pos_embedding.embedding.weight", 1),
+        "ffn_dim": shapes.axis("blocks.0.ffn.fc1.weight", 0),
+        "num_layers": shapes.count(r"blocks\.(\d+)\."),
+        "num_buckets": shapes.axis("blocks.0.pos_embedding.embedding.weight", 0),
+    }
+
+
+def clip_config(shapes: Shapes) -> dict[str, Any]:
+    dim, patch_size = shapes.axis("patch_embedding.weight", 0), shapes.axis("patch_embedding.weight", 2)
+    side = math.isqrt(max(shapes.axis("pos_embedding", 1) - 1, 0))
+    num_layers = shapes.count(r"transformer\.(\d+)\.") + 1  # the last is not run, so not among the shapes
+    width, layers = CLIP_VIT_H
+    if dim % CLIP_HEAD_WIDTH or (dim == width and num_layers != layers):
+        raise shapes.error(
+            f"it is {dim} wide with {num_layers} layers; Wan takes CLIP ViT-H, {width} wide with {layers}",
+            "Take clip_vision_h.safetensors, or models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth.",
+        )
+    return {
+        "image_size": side * patch_size,
+        "patch_size": patch_size,
+        "dim": dim,
+        "num_heads": dim // CLIP_HEAD_WIDTH,
+        "num_layers": num_layers,
+        "mlp_ratio": shapes.axis("transformer.0.mlp.0.weight", 0) // max(dim, 1),
+    }
+
+
+# --- words -----------------------------------------------------------------------------------------
+
+
+def describe_dit(config: Mapping[str, Any]) -> str:
+    positions = config.get("num_clip_positions")
+    clip = f"{positions} CLIP tokens with positions" if positions else "CLIP tokens"
+    layers = f"{config['num_layers']} layers, {config['dim']} wide"
+    channels = f"in {config['in_channels']}, out {config['out_channels']}"
+    return f"Wan DiT {layers}, {channels}, {clip if config['has_clip_tokens'] else 'no CLIP tokens'}"
+
+
+def describe_vae(config: Mapping[str, Any]) -> str:
+    own = ", own latent statistics" if "latent_mean" in config else ""
+    return f"Wan VAE {config['version']}, {config['dim']} wide, {config['z_dim']} latent channels{own}"
+
+
+def describe_text(config: Mapping[str, Any]) -> str:
+    return f"umT5 encoder {config['num_layers']} layers, {config['dim']} wide, {config['vocab']} tokens"
+
+
+def describe_clip(config: Mapping[str, Any]) -> str:
+    return f"CLIP vision encoder {config['num_layers']} layers, {config['dim']} wide, {config['image_size']} pixels"
+
+
+WHAT: dict[Component, str] = {
+    "dit": "a Wan DiT",
+    "vae": "a Wan VAE",
+    "text_encoder": "a umT5 text encoder",
+    "clip_vision": "a CLIP vision encoder",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """How one component is recognised, built and described."""
+
+    config: Callable[[Shapes], dict[str, Any]]
+    arguments: Callable[..., Any]
+    module: Callable[[Any], nn.Module]
+    describe: Callable[[Mapping[str, Any]], str]
+
+
+MODELS: dict[Component, Model] = {
+    "dit": Model(dit_config, WanConfig, WanDiT, describe_dit),
+    "vae": Model(vae_config, WanVAEConfig, WanVAE, describe_vae),
+    "text_encoder": Model(text_config, TextEncoderConfig, UMT5, describe_text),
+    "clip_vision": Model(clip_config, ClipVisionConfig, ClipVision, describe_clip),
+}
+
+
+# --- modules ---------------------------------------------------------------------------------------
+
+VARIANTS = (
+    (r"vace_(blocks|patch_embedding)\..+", "Wan VACE"),
+    (r"control_adapter\..+", "Wan Fun Camera Control"),
+    (r"(casual_audio_encoder|audio_injector|cond_encoder|trainable_cond_mask|frame_packer)\..+", "Wan S2V"),
+    (r"(face_adapter|face_encoder|motion_encoder|pose_patch_embedding)\..+", "Wan Animate"),
+    (r"ref_conv\..+", "Wan Fun Control with a reference image"),
+    (r"(audio_proj|.*audio_cross_attn).*", "an audio-driven Wan (HuMo, FantasyTalking, InfiniteTalk)"),
+    (r"first_stage_model\..+|vae\..+|text_encoders\..+|cond_stage_model\..+", "an all-in-one checkpoint"),
+)
+"""Leftover names that give a model away which is not read yet. Source: the key tables of each model's code."""
+
+
+def build(component: Component, config: Mapping[str, Any]) -> nn.Module:
+    """Return the module of these constructor arguments on the meta device: structure without memory."""
+    model = MODELS[component]
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    with torch.device("meta"):
+        return model.module(model.arguments(**arguments))
+
+
+def build_for(shapes: Shapes, config: Mapping[str, Any]) -> nn.Module:
+    """Return the module of a file's own structure, checked against its tensors.
+
+    Raises CheckpointError for tensors missing, left over or of a wrong shape, with the first ten of them.
+    """
+    try:
+        module = build(shapes.translation.dialect.component, config)
+    except (KinemaError, RuntimeError, ValueError, TypeError, ArithmeticError) as error:
+        raise shapes.error(f"its shapes make no model ({error})") from error
+    check(shapes, module)
+    return module
+
+
+def check(shapes: Shapes, module: nn.Module) -> None:
+    """Raise CheckpointError unless the file holds exactly the tensors of the module."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    sources = shapes.translation.sources
+    unknown = [name for official in sources if official not in wanted for name in sources[official].names]
+    leftover = [*shapes.translation.leftover, *unknown]
+    bare = [name.removeprefix(shapes.translation.dialect.prefix) for name in leftover]
+    for pattern, variant in VARIANTS:
+        if any(re.fullmatch(pattern, name) for name in bare):
+            raise shapes.error(
+                f"it seems to be {variant}, which is not read yet; {_some(leftover)} belong to no part that is known",
+                "Known are Wan 2.1 and 2.2 text to video, image to video, first-last frame and TI2V models.",
+                found=variant,
+                keys=leftover[:10],
+            )
+    if missing := [name for name in wanted if name not in shapes]:
+        raise shapes.error(
+            f"{_some(missing)} missing" + (f"; {_some(leftover)} left over" if leftover else ""),
+            "The file is incomplete, or of another model.",
+            missing=missing[:10],
+            keys=leftover[:10],
+        )
+    if leftover:
+        raise shapes.error(
+            f"{_some(leftover)} left over, belonging to no part of it",
+            "It is another model, or has additions that would be lost.",
+            keys=leftover[:10],
+        )
+    wrong = [name for name, shape in wanted.items() if shapes.table[name] != shape]
+    if wrong:
+        rows = ", ".join(f"{name} is {list(shapes.table[name])}, not {list(wanted[name])}" for name in wrong[:10])
+        raise shapes.error(f"{len(wrong)} tensors have a wrong shape: {rows}", key=wrong[0], keys=wrong[:10])
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} tensors ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
