@@ -163,6 +163,13 @@ def test_short_names_stand_for_the_fields_the_page_says():
             assert f"`--{SHORT_NAMES[name].replace('_', '-')}" in answer, name
 
 
+def test_short_names_are_those_that_prompt_files_know():
+    from kinema.batch.lines import SHORT_NAMES as KNOWN
+
+    fields = {name: "size" if field in ("width", "height") else field for name, field in KNOWN.items()}
+    assert fields == {**fields, **SHORT_NAMES}
+
+
 def test_every_short_name_stands_for_a_field():
     assert set(SHORT_NAMES.values()) <= set(Request.model_fields)
     assert "--dit-high" in REQUEST_FLAGS
