@@ -36,8 +36,8 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.Module):
     """RMS norm over the whole width (all heads together).
 
-    The order of casts is the official one and matters in bfloat16: normalise in float32, round to the
-    input's dtype, then multiply by the weight.
+    The order of casts is the official one and matters in bfloat16: normalise in float32 (as torch does inside), round
+    to the input's dtype, then multiply by the weight.
     Source: Wan-Video/Wan2.2 wan/modules/model.py WanRMSNorm (Apache-2.0).
     """
 
@@ -47,21 +47,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
-        return normed.to(x.dtype) * self.weight.to(x.dtype)
+        return F.rms_norm(x, (x.shape[-1],), eps=self.eps) * self.weight.to(x.dtype)
 
 
 def sdpa(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
     """Full attention by torch, the default of every model."""
     return F.scaled_dot_product_attention(q_BNLK, k_BNLK, v_BNLK)
-
-
-def split_heads(x_BLD: Tensor, head_dim: int) -> Tensor:
-    return x_BLD.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-
-
-def merge_heads(x_BNLK: Tensor) -> Tensor:
-    return x_BNLK.transpose(1, 2).flatten(2)
 
 
 # --- positions -----------------------------------------------------------------------------------
@@ -90,11 +81,11 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, *, dtype: torch.dtype,
     return torch.cat(turns, dim=-1).reshape(-1, slots).to(dtype)
 
 
-def rotate(x_BNLK: Tensor, rope_LK: Tensor) -> Tensor:
+def rotate(x_BLNK: Tensor, rope_LK: Tensor) -> Tensor:
     """Turn interleaved pairs of `x` by `rope`, in the precision of `rope`; returns the dtype of `x`."""
-    pairs = x_BNLK.to(rope_LK.dtype.to_real()).unflatten(-1, (-1, 2)).contiguous()
-    turned = torch.view_as_complex(pairs) * rope_LK
-    return torch.view_as_real(turned).flatten(-2).to(x_BNLK.dtype)
+    pairs = x_BLNK.to(rope_LK.dtype.to_real()).unflatten(-1, (-1, 2))
+    turned = torch.view_as_complex(pairs) * rope_LK[:, None]
+    return torch.view_as_real(turned).flatten(-2).to(x_BLNK.dtype)
 
 
 def sinusoid(timesteps: Tensor, width: int) -> Tensor:

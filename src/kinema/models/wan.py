@@ -24,13 +24,11 @@ from kinema.models.layers import (
     Linear,
     RMSNorm,
     gated_add,
-    merge_heads,
     modulate,
     rope_table,
     rotate,
     sdpa,
     sinusoid,
-    split_heads,
 )
 from kinema.tensors import Conditions
 
@@ -125,10 +123,12 @@ class SelfAttention(nn.Module):
         self.norm_k = RMSNorm(config.dim, config.eps)
 
     def forward(self, x_BLD: Tensor, stream: Stream) -> Tensor:
-        q_BNLK = rotate(split_heads(self.norm_q(self.q(x_BLD)), self.head_dim), stream.rope_LK)
-        k_BNLK = rotate(split_heads(self.norm_k(self.k(x_BLD)), self.head_dim), stream.rope_LK)
-        v_BNLK = split_heads(self.v(x_BLD), self.head_dim)
-        y_BLD: Tensor = self.o(merge_heads(stream.attention(q_BNLK, k_BNLK, v_BNLK)))
+        heads = (-1, self.head_dim)
+        q_BLNK = rotate(self.norm_q(self.q(x_BLD)).unflatten(-1, heads), stream.rope_LK)
+        k_BLNK = rotate(self.norm_k(self.k(x_BLD)).unflatten(-1, heads), stream.rope_LK)
+        v_BLNK = self.v(x_BLD).unflatten(-1, heads)
+        y_BNLK = stream.attention(q_BLNK.transpose(1, 2), k_BLNK.transpose(1, 2), v_BLNK.transpose(1, 2))
+        y_BLD: Tensor = self.o(y_BNLK.transpose(1, 2).flatten(2))
         return y_BLD
 
 
@@ -154,17 +154,17 @@ class CrossAttention(nn.Module):
         rows = [self.norm_k(self.k(text_BSD)), self.v(text_BSD)]
         if clip_BVD is not None:
             rows += [self.norm_k_img(self.k_img(clip_BVD)), self.v_img(clip_BVD)]
-        return tuple(split_heads(row, self.head_dim) for row in rows)
+        return tuple(row.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for row in rows)
 
     def forward(self, x_BLD: Tensor, context: Context, index: int) -> Tensor:
-        q_BNLK = split_heads(self.norm_q(self.q(x_BLD)), self.head_dim)
+        q_BNLK = self.norm_q(self.q(x_BLD)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         k_BNSK, v_BNSK, *clip = context.kv[index]
         bias_1S = None if context.text_bias_1S is None else context.text_bias_1S.to(q_BNLK.dtype)
         # Plain SDPA, not `stream.attention`: few keys, all of them here even when the tokens are spread over devices.
         y_BNLK = F.scaled_dot_product_attention(q_BNLK, k_BNSK, v_BNSK, attn_mask=bias_1S)
         if clip:
             y_BNLK = y_BNLK + F.scaled_dot_product_attention(q_BNLK, clip[0], clip[1])
-        y_BLD: Tensor = self.o(merge_heads(y_BNLK))
+        y_BLD: Tensor = self.o(y_BNLK.transpose(1, 2).flatten(2))
         return y_BLD
 
 
@@ -325,6 +325,8 @@ class WanDiT(nn.Module):
         if x_BCFhw.shape[1] != self.config.in_channels or x_BCFhw.shape[3] % PATCH[1] or x_BCFhw.shape[4] % PATCH[2]:
             wanted = f"{self.config.in_channels} channels and even height and width"
             raise ValueError(f"latents {list(x_BCFhw.shape)}, conditions included, are not of {wanted}")
+        if len(context.kv[0][0]) != len(x_BCFhw):
+            raise ValueError(f"{len(x_BCFhw)} latents but conditions for {len(context.kv[0][0])}")
         tokens = self.patch_embedding(x_BCFhw.to(self.patch_embedding.weight.dtype))
         grid = (tokens.shape[2], tokens.shape[3], tokens.shape[4])
         time_BRD = self.time_embedding(sinusoid(timesteps_BR, self.config.freq_dim)).float()
