@@ -25,11 +25,12 @@ from kinema.media.files import write_whole
 from kinema.media.preview import preview_rgb
 from kinema.media.video import write
 from kinema.models.encoders import UMT5, ClipVision, Tokenizer, encode_prompts
-from kinema.models.wan import WanDiT, first_nonfinite
+from kinema.models.wan import WanDiT
 from kinema.models.wan_vae import WanVAE
 from kinema.planning import make_plan, output_folder, plan_output
 from kinema.planning.cost import work
 from kinema.residents import BackgroundHashes, Residents
+from kinema.runtime.finite import first_nonfinite
 from kinema.runtime.machine import PeakMemory, record_calibration
 from kinema.sampling.denoiser import Branch, noise, sample
 from kinema.schema import (
@@ -190,7 +191,7 @@ class Engine:
             encoder = cast(UMT5, self._models.get(plan.text_encoder))
             for text, rows in zip(new, encode_prompts(encoder, tokenizer, new, plan.text_len), strict=True):
                 self._texts[plan.text_encoder, plan.text_len, text] = rows
-        return [self._texts[key] for key in keys], tokenizer.encode(plan.prompt, plan.text_len).num_cut
+        return [self._texts[key] for key in keys], tokenizer.encode(plan.prompt, plan.text_len).cut
 
     @torch.inference_mode()
     def _sample(

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kinema.models.encoders import UMT5, ClipVision, check_encoder
 from kinema.runtime.machine import free_memory
 from kinema.schema import ModelRef
 from kinema.weights.hashes import HashCache
@@ -36,7 +37,10 @@ class Residents:
         """
         if ref not in self._modules:
             self._make_room(ref)
-            self._modules[ref] = load(ref)
+            module = load(ref)
+            if isinstance(module, UMT5 | ClipVision):
+                check_encoder(module, ref.files[0])
+            self._modules[ref] = module
         self._modules.move_to_end(ref)
         return self._modules[ref]
 

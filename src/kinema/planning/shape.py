@@ -103,6 +103,8 @@ def plan_images(
             if crop and abs(media.width * size[1] - media.height * size[0]) > media.width * 16:
                 shape = f"{media.path.name} ({media.width}x{media.height})"
                 notes.append(Note(about=role, text=f"{shape} is cropped at its centre to {size[0]}x{size[1]}"))
+            if media.frames > 1:
+                notes.append(Note(about=role, text=f"{media.path.name} has {media.frames} frames; the first is taken"))
             if media.has_alpha:
                 notes.append(Note(about=role, text=f"{media.path.name} has transparency, which is dropped"))
             plans.append(

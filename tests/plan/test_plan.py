@@ -1,0 +1,225 @@
+"""Plans without torch: the official defaults of every model, what is decided for the user, what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kinema.errors import CheckpointError, MachineError, RequestError
+from kinema.planning.geometry import nearest_frames, nearest_multiples, size_by_area, size_by_area_wan22
+from kinema.schema import AREAS, Machine, Plan
+from plan.world import CATALOG, MACHINE, VAE_CONFIG, file, files_of, image, plan
+
+FIXTURES = Path(__file__).parent / "fixtures.json"
+FIRST = {"first": image(1600, 900)}
+CASES = {
+    "wan2.1-t2v-1.3b": {},
+    "wan2.1-t2v-14b": {},
+    "wan2.1-i2v-14b-480p": {"images": FIRST},
+    "wan2.1-i2v-14b-720p": {"images": FIRST},
+    "wan2.1-flf2v-14b": {"images": {**FIRST, "last": image(1000, 1000, "last.png")}},
+    "wan2.2-t2v-a14b": {},
+    "wan2.2-i2v-a14b": {"images": FIRST},
+    "wan2.2-ti2v-5b": {},
+}
+
+
+def summary(made: Plan) -> dict[str, object]:
+    """The decisions of a plan, without what depends on versions or on cost arithmetic."""
+    kept = made.model_dump(mode="json", exclude={"kinema", "request", "costs", "versions", "hashes", "output", "notes", "steps"})
+    steps = made.steps
+    return {
+        **kept,
+        "timesteps": [step.timestep for step in steps],
+        "experts_by_step": "".join(step.expert[0] for step in steps),
+        "guidance_by_step": sorted({(step.expert, step.guidance) for step in steps}),
+        "notes": [f"{note.about}: {note.text}" for note in made.notes],
+    }
+
+
+@pytest.mark.parametrize("model", CASES)
+def test_default_plan_is_the_recorded_one(model: str) -> None:
+    """fixtures.json is written by `python tests/plan/record.py` and reviewed by eye against the official defaults."""
+    recorded = json.loads(FIXTURES.read_text("utf-8"))[model]
+    assert json.loads(json.dumps(summary(plan(model, **CASES[model])))) == recorded
+
+
+def test_every_catalog_model_has_a_recorded_plan() -> None:
+    assert set(CATALOG) - {"demo"} == set(CASES)
+
+
+# Source of the numbers: Wan-Video/Wan2.1 and Wan2.2 wan/configs and generate.py; wan-models facts, table of defaults.
+OFFICIAL = {
+    "wan2.1-t2v-1.3b": (50, 5, {5}, 81, 16, (832, 480)),
+    "wan2.1-t2v-14b": (50, 5, {5}, 81, 16, (1280, 720)),
+    "wan2.1-i2v-14b-480p": (40, 3, {5}, 81, 16, (832, 464)),
+    "wan2.1-i2v-14b-720p": (40, 5, {5}, 81, 16, (1280, 720)),
+    "wan2.1-flf2v-14b": (50, 16, {5}, 81, 16, (1280, 720)),
+    "wan2.2-t2v-a14b": (40, 12, {3, 4}, 81, 16, (1280, 720)),
+    "wan2.2-i2v-a14b": (40, 5, {3.5}, 81, 16, (1280, 720)),
+    "wan2.2-ti2v-5b": (50, 5, {5}, 121, 24, (1280, 704)),
+}
+
+
+@pytest.mark.parametrize("model", OFFICIAL)
+def test_defaults_are_the_official_ones(model: str) -> None:
+    made = plan(model, **CASES[model])
+    guidance = {step.guidance for step in made.steps}
+    got = (len(made.steps), made.shift, guidance, made.frames, made.fps, (made.width, made.height))
+    assert got == OFFICIAL[model]
+
+
+@pytest.mark.parametrize(("model", "high"), [("wan2.2-t2v-a14b", 26), ("wan2.2-i2v-a14b", 15)])
+def test_high_noise_expert_runs_the_official_number_of_steps_first(model: str, high: int) -> None:
+    made = plan(model, **CASES[model])
+    assert [step.expert for step in made.steps] == ["high"] * high + ["low"] * (40 - high)
+
+
+def test_a_single_guidance_goes_to_both_experts_and_says_so() -> None:
+    made = plan("wan2.2-t2v-a14b", guidance=1.0)
+    assert {step.guidance for step in made.steps} == {1.0}
+    assert any(note.about == "guidance" for note in made.notes)
+    apart = plan("wan2.2-t2v-a14b", guidance=1.0, guidance_high=2.0)
+    assert {(step.expert, step.guidance) for step in apart.steps} == {("low", 1.0), ("high", 2.0)}
+
+
+@pytest.mark.parametrize(
+    ("image_size", "area", "size"),
+    [((1600, 900), "720p", (1280, 720)), ((900, 1600), "720p", (720, 1280)), ((1000, 1000), "480p", (624, 624)),
+     ((4000, 1000), "480p", (1248, 304))],
+)  # fmt: skip
+def test_size_by_area_keeps_the_aspect_and_stays_within(image_size: tuple[int, int], area: str, size: tuple[int, int]) -> None:
+    got = size_by_area(*image_size, AREAS[area])
+    assert got == size
+    assert got[0] % 16 == got[1] % 16 == 0 and got[0] * got[1] <= AREAS[area]
+
+
+@pytest.mark.parametrize(
+    ("image_size", "size"), [((1600, 900), (1248, 704)), ((1000, 1000), (960, 928)), ((704, 1280), (704, 1280))]
+)
+def test_ti2v_size_follows_the_official_rule(image_size: tuple[int, int], size: tuple[int, int]) -> None:
+    got = size_by_area_wan22(*image_size, 1280 * 704)
+    assert got[0] % 32 == got[1] % 32 == 0 and got[0] * got[1] <= 1280 * 704
+    assert got == size
+
+
+def test_nearest_values() -> None:
+    assert nearest_frames(80) == (81, 77) and nearest_frames(81) == (81,) and nearest_frames(2) == (1, 5)
+    assert nearest_multiples(725, 16) == (720, 736) and nearest_multiples(3, 16) == (16,)
+
+
+def test_seconds_become_frames_and_say_so() -> None:
+    made = plan("wan2.1-t2v-1.3b", seconds=5)
+    assert made.frames == 81 and any("81 frames" in note.text for note in made.notes)
+    assert made.latent == (16, 21, 60, 104) and made.tokens == 32_760
+
+
+def test_one_frame_is_an_image() -> None:
+    made = plan("wan2.1-t2v-14b", frames=1, size="1024x1024")
+    assert made.task == "text to image" and made.output.kinds == ("png",) and not made.notes
+    assert made.output.paths[0][0].name == "a-cat-walks-on-grass-7.png"
+
+
+def test_seeds_count_up_and_have_their_own_files() -> None:
+    made = plan("wan2.1-t2v-1.3b", count=3, save=Path("out/cat.mp4"))
+    assert made.seeds == (7, 8, 9)
+    assert [paths[0].name for paths in made.output.paths] == ["cat-7.mp4", "cat-8.mp4", "cat-9.mp4"]
+
+
+def test_a_random_seed_is_drawn_and_recorded() -> None:
+    drawn = {plan("wan2.1-t2v-1.3b", seed=None).seeds for _ in range(8)}
+    assert len(drawn) > 1 and all(0 <= seeds[0] < 2**32 for seeds in drawn)
+
+
+def test_generated_names_never_overwrite() -> None:
+    taken = frozenset({"a-cat-walks-on-grass-7.mp4", "a-cat-walks-on-grass-7-2.mp4"})
+    made = plan("wan2.1-t2v-1.3b", facts={"existing": taken})
+    assert made.output.paths[0][0].name == "a-cat-walks-on-grass-7-3.mp4"
+    with pytest.raises(RequestError, match="exists already"):
+        plan("wan2.1-t2v-1.3b", save=Path("x/cat.mp4"), facts={"existing": frozenset({"cat.mp4"})})
+    assert plan("wan2.1-t2v-1.3b", save=Path("x/cat.mp4"), overwrite=True, facts={"existing": frozenset({"cat.mp4"})})
+
+
+def test_precision_decides_dtypes() -> None:
+    fast, reference = plan("wan2.2-ti2v-5b"), plan("wan2.2-ti2v-5b", precision="reference")
+    assert fast.experts["model"].dtype == "bfloat16" and fast.vae.dtype == "float32"
+    assert {reference.experts["model"].dtype, reference.text_encoder.dtype, reference.vae.dtype} == {"float32"}
+    old_cpu = plan("wan2.1-t2v-1.3b", facts={"machine": MACHINE.model_copy(update={"bfloat16": False})})
+    assert old_cpu.experts["model"].dtype == "float32"
+
+
+def test_decisions_about_images_are_noted() -> None:
+    notes = [note.text for note in plan("wan2.2-i2v-a14b", {"first": image(500, 900, alpha=True)}, size="832x480").notes]
+    assert any("cropped at its centre" in text for text in notes) and any("transparency" in text for text in notes)
+
+
+REFUSED = [
+    ("wan2.1-t2v-1.3b", {"frames": 80}, "frames 80 is not 4n.1; nearest are 77 and 81"),
+    ("wan2.1-t2v-1.3b", {"size": "830x480"}, "size 830x480 .* nearest is 832x480"),
+    ("wan2.2-ti2v-5b", {"size": "1280x720"}, "multiples of 32; nearest is 1280x704"),
+    ("wan2.1-t2v-1.3b", {"images": {"first": image(8, 8)}}, "takes no first"),
+    ("wan2.2-i2v-a14b", {}, "needs an image for frame 0"),
+    ("wan2.1-flf2v-14b", {"images": {"first": image(8, 8)}}, "needs an image for the last frame"),
+    ("wan2.1-t2v-1.3b", {"audio": "a.wav"}, "takes no audio"),
+    ("wan2.1-t2v-1.3b", {"guidance_high": 3}, "one expert"),
+    ("wan2.1-t2v-1.3b", {"boundary": 0.9}, "one expert"),
+    ("wan2.1-t2v-1.3b", {"prompt": "  "}, "no prompt"),
+    ("wan2.1-t2v-1.3b", {"frames": 81, "seconds": 5}, "both say how long"),
+    ("wan2.1-t2v-1.3b", {"seed": None, "seeds": (1, 2), "count": 2}, "already says which"),
+    ("wan2.1-t2v-1.3b", {"save": Path("a.mov")}, "ends in .mov"),
+    ("wan2.1-t2v-1.3b", {"save": Path("a.mp4"), "output": "gif"}, "is a mp4 file but output asks for gif"),
+    ("wan2.1-t2v-1.3b", {"output": "gif,gif"}, "names a kind twice"),
+    ("wan2.1-t2v-1.3b", {"tile": 100}, "tile 100 is not a multiple"),
+    ("wan2.2-i2v-a14b", {"images": FIRST, "frames": 1}, "leaves nothing to make"),
+]
+
+
+@pytest.mark.parametrize(("model", "fields", "words"), REFUSED)
+def test_what_cannot_mean_anything_is_refused(model: str, fields: dict, words: str) -> None:
+    fields = {key: value for key, value in fields.items() if value is not None or key != "seed"}
+    with pytest.raises(RequestError, match=words) as caught:
+        plan(model, **{"seed": None, **fields} if "seeds" in fields else fields)
+    assert caught.value.hint and caught.value.details["field"]
+
+
+def test_files_that_do_not_belong_together_are_refused() -> None:
+    entry = CATALOG["wan2.2-t2v-a14b"]
+    files = files_of(entry)
+    with pytest.raises(RequestError, match="same file"):
+        plan(entry.name, facts={"files": {**files, "dit_high": files["dit"]}})
+    with pytest.raises(CheckpointError, match="needs the wan2.1 VAE"):
+        plan(entry.name, facts={"files": {**files, "vae": file("vae", "vae", VAE_CONFIG["wan2.2"])}})
+    with pytest.raises(CheckpointError, match="text rows of 768"):
+        plan(entry.name, facts={"files": {**files, "text_encoder": file("t", "text_encoder", {"dim": 768})}})
+    with pytest.raises(CheckpointError, match="in_channels is 16, expected 36"):
+        plan("wan2.2-i2v-a14b", FIRST, facts={"files": files})
+    swapped = {
+        **files,
+        "dit": files["dit"].model_copy(update={"name_suggests": "high"}),
+        "dit_high": files["dit_high"].model_copy(update={"name_suggests": "low"}),
+    }
+    with pytest.raises(RequestError, match="named as the high-noise expert"):
+        plan(entry.name, facts={"files": swapped})
+
+
+def test_a_job_that_cannot_fit_is_refused_before_it_starts() -> None:
+    small = Machine(device="cuda", name="Card", memory_total=8_000_000_000, memory_free=8_000_000_000)
+    with pytest.raises(MachineError, match="needs about"):
+        plan("wan2.2-t2v-a14b", facts={"machine": small})
+    with pytest.raises(MachineError, match="MB free"):
+        plan("wan2.1-t2v-1.3b", facts={"output_free": 1_000_000})
+
+
+def test_a_plan_survives_json() -> None:
+    made = plan("wan2.2-i2v-a14b", FIRST)
+    assert Plan.model_validate_json(made.model_dump_json()) == made
+    assert Plan.model_validate_json(made.model_dump_json(exclude_none=True)) == made
+
+
+def test_planning_needs_no_torch() -> None:
+    code = "import sys, kinema.planning; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
