@@ -367,6 +367,32 @@ def test_distance_of_fast_from_reference(name: str):
     assert 1e-4 < fast < 0.005
 
 
+def diffusers_in_bfloat16(twin: torch.nn.Module) -> torch.nn.Module:
+    """As `from_pretrained(torch_dtype=torch.bfloat16)` leaves it: the parts it names stay float32, RoPE too."""
+    keep = (*twin._keep_in_fp32_modules, "rope")
+    for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
+        if not any(part in name for part in keep):
+            tensor.data = tensor.data.to(torch.bfloat16)
+    return twin
+
+
+@pytest.mark.parametrize(("depth", "bound"), [(2, 0.004), (8, 0.006), (30, 0.008)])
+@torch.no_grad()
+def test_fast_by_depth_and_against_diffusers_in_bfloat16(depth: int, bound: float):
+    model = WanDiT(WanConfig(256, 320, depth, 16, 16, text_dim=40, freq_dim=64)).eval()
+    fill(model, 3)
+    texts = (input_tensor("a", (30, 40), 3), input_tensor("b", (7, 40), 3))
+    padded = torch.stack([F.pad(text, (0, 0, 0, 512 - len(text))) for text in texts]).bfloat16()
+    x, timesteps = input_tensor("x", LATENTS, 3), torch.tensor([900.0, 17.0])
+    twin = diffusers_in_bfloat16(diffusers_twin(model))
+    theirs = twin(x.bfloat16(), timesteps, padded, return_dict=False)[0].float()
+    exact = velocity(model, x, timesteps, Conditions(texts))
+    fast = velocity(to_fast(model), x, timesteps, Conditions(texts))
+    print(f"{depth} blocks: fast {distance(fast, exact):.2%}, diffusers in bfloat16 {distance(theirs, exact):.2%}")
+    assert distance(fast, exact) < bound
+    assert distance(fast, exact) < distance(theirs, exact)
+
+
 def test_fast_is_nearer_than_bfloat16_throughout():
     """What the float32 islands are for: a stream or modulation in bfloat16 is farther off."""
     model, x, timesteps, conditions, _ = load("dit_t2v")
