@@ -6,6 +6,7 @@ JSON Schema, HTTP bodies and the reference page are all generated from `Request`
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -166,7 +167,7 @@ class MediaFacts(Frozen):
 
 
 class Machine(Frozen):
-    """What this machine has. Memory in bytes; `calibration` maps a stage to measured work per second."""
+    """What this machine has. Memory in bytes; `calibration` maps a `calibration_key` to measured work per second."""
 
     device: str = "cpu"
     name: str = ""
@@ -177,6 +178,11 @@ class Machine(Frozen):
     cores: int = 1
     bfloat16: bool = True
     calibration: dict[str, float] = {}
+
+
+def calibration_key(stage: str, work: float) -> str:
+    """Name a stage at one decade of work, FLOPs or bytes to load: a small job runs at another rate than a large one."""
+    return f"{stage} 1e{math.floor(math.log10(work))}"
 
 
 class Facts(Frozen):

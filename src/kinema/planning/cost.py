@@ -6,7 +6,6 @@ the formulas follow the models' layers, and tests/unit/test_cost.py counts those
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -198,7 +197,7 @@ def _encoder(config: Config, first: bool) -> Iterator[_Conv]:
     z, mult, base = config["z_dim"], config["dim_mult"], _width(config, False)
     dims = [base * m for m in (1, *mult)]
     temporal = (*config["temporal_downsample"], False)
-    taps, frames, area = (9, 1, 1) if first else (27, 2 ** sum(config["temporal_downsample"]), 1)
+    taps, frames = (9, 1) if first else (27, 2 ** sum(config["temporal_downsample"]))
     area = 4 ** (len(mult) - 1)
     yield _Conv(3 * _patch(config) ** 2, dims[0], taps, frames, area, True)
     for level, (in_dim, out_dim) in enumerate(pairwise(dims)):
@@ -248,8 +247,9 @@ def _activations(plan: Plan, stage: str) -> float:
         height, width = _tiled(plan, height), _tiled(plan, width)
         return vae_activation_bytes(plan.vae.config, plan.chunk, height, width, BYTES[plan.vae.dtype], decoder=False)
     if stage == "encode text":
-        return 4 * plan.text_len * (plan.text_encoder.config["ffn_dim"] * 3 + 2 * plan.text_encoder.config["dim"])
-    return 0
+        config = plan.text_encoder.config
+        return float(4 * plan.text_len * (3 * config["ffn_dim"] + 2 * config["dim"]))
+    return 0.0
 
 
 def _tiled(plan: Plan, cells: int) -> int:
