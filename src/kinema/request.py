@@ -36,10 +36,14 @@ def flag(field: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name most like `name`, None where nothing is close."""
-    spelled = {item.lower().replace("_", "-"): item for item in known}
-    close = difflib.get_close_matches(name.lower().replace("_", "-"), list(spelled), n=1, cutoff=0.6)
+    """Return the known name most like `name`, dashes and underscores aside; None where nothing is close."""
+    spelled = {_letters(item): item for item in known}
+    close = difflib.get_close_matches(_letters(name), list(spelled), n=1, cutoff=0.6)
     return spelled[close[0]] if close else None
+
+
+def _letters(name: str) -> str:
+    return name.lower().lstrip("-").replace("_", "-")
 
 
 def check_names(names: Iterable[str], where: str = "") -> None:

@@ -22,9 +22,9 @@ from kinema.schema import Event, Note, Plan, Request, Result
 
 @dataclass(frozen=True)
 class LineEvent:
-    """Something that happened to a line; `line` is None for what concerns the whole batch."""
+    """Something that happened to a line."""
 
-    line: Line | None
+    line: Line
     event: Event | KinemaError
 
 

@@ -1,0 +1,312 @@
+"""The verbs, each a thin function of a Call, and the one place where errors become exit codes.
+
+What a verb may be asked is read from its signature and from schema.Request (see cli.flags).
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Group, Parameter
+
+from kinema.cli.flags import ALIASES, ELSEWHERE, Call, flag_names, parameters
+from kinema.cli.interrupt import EXIT_CODE, Interruption
+from kinema.cli.tell import make_teller
+from kinema.errors import Cancelled, KinemaError, RequestError
+from kinema.request import make_request, merge, nearest
+from kinema.schema import Request
+from kinema.settings import configure
+from kinema.version import VERSION
+
+DEMO_PROMPT = "a small red circle moves left on a blue background"
+DEMO_SEED = 1
+
+Verb = Callable[..., int]
+
+
+MANY = Group("Many prompts", sort_key=9)
+
+
+def _switch(help: str, group: Group | None = None) -> Parameter:
+    return Parameter(help=help, group=group, negative=(), show_default=False)
+
+
+def generate(
+    call: Call,
+    *,
+    interactive: Annotated[bool, _switch("read prompt lines at a prompt; models stay loaded", MANY)] = False,
+    from_file: Annotated[
+        Path | None, _switch("a batch: .txt with options in its lines, .jsonl, .csv, or a folder of images", MANY)
+    ] = None,
+    fresh: Annotated[bool, _switch("with --from-file: forget its manifest, do every line again", MANY)] = False,
+) -> int:
+    """Make videos or images."""
+    if interactive and from_file is not None:
+        raise RequestError(
+            f"--interactive and --from-file {from_file} both say where prompts come from",
+            "leave one out",
+            field="from_file",
+            got=str(from_file),
+        )
+    if fresh and from_file is None:
+        raise RequestError("--fresh belongs to a batch", "pass --from-file FILE as well", field="fresh", got=True)
+    fields = merge(call.configuration.defaults, call.fields)
+    request = make_request(fields)
+    if not interactive and from_file is None:
+        return _generate(request, call)
+    from kinema.cli import sessions
+
+    with make_teller(call.json) as teller:
+        if interactive:
+            return sessions.interact(fields, call.configuration.settings, teller)
+        assert from_file is not None
+        return sessions.run_batch(from_file, fields, call.configuration.settings, teller, fresh=fresh)
+
+
+def plan(call: Call) -> int:
+    """Show every decision of a run, without loading a weight."""
+    request = make_request(merge(call.configuration.defaults, call.fields))
+    from kinema.cli.plans import plan_text
+    from kinema.engine import Engine
+
+    with make_teller(call.json) as teller, Engine(call.configuration.settings) as engine:
+        made = engine.plan(request)
+        teller.show(plan_text(made), made.model_dump(mode="json"))
+    return 0
+
+
+def inspect_files(
+    call: Call,
+    *files: Annotated[Path, Parameter(name="FILE", help="weights, latents or outputs of Kinema", negative=())],
+) -> int:
+    """Say what files are: family, structure, dialect, dtype, parameters, likely role."""
+    from kinema.cli.inspection import inspect_file
+
+    if not files:
+        raise RequestError("no file to inspect", "type: kinema inspect FILE", field="FILE", got=None)
+    code = 0
+    with make_teller(call.json) as teller:
+        for file in files:
+            try:
+                teller.show(*inspect_file(file))
+            except KinemaError as error:
+                teller.error(error, str(file) if len(files) > 1 else "")
+                code = code or error.exit_code
+    return code
+
+
+def doctor(call: Call) -> int:
+    """Say what this machine has: torch, devices, attention, codecs, memory, disk, settings, extras."""
+    from kinema.cli.doctor import examine
+
+    with make_teller(call.json) as teller:
+        teller.show(*examine(call.configuration))
+    return 0
+
+
+def replay(
+    call: Call,
+    file: Annotated[Path, Parameter(name="FILE", help="an output of Kinema, or the .json plan beside it")],
+    /,
+    *,
+    allow_changed: Annotated[bool, _switch("go on where a weight file is not the one of the plan")] = False,
+) -> int:
+    """Make an output again from the plan it carries, beside it as NAME-replay."""
+    from kinema.cli.replays import replay_plan
+    from kinema.engine import Engine
+
+    with (
+        make_teller(call.json) as teller,
+        Engine(call.configuration.settings) as engine,
+        Interruption() as cancelled,
+    ):
+        again = replay_plan(file, call.configuration.settings.cache, allow_changed=allow_changed)
+        for event in engine.run(again, cancelled=cancelled):
+            teller.event(event)
+    return 0
+
+
+def decode(call: Call, latents: Annotated[Path, Parameter(name="LATENTS", help="a latents file of Kinema")], /) -> int:
+    """Make the video of a latents file."""
+    request = make_request(call.fields)
+    from kinema.engine import Engine
+
+    with (
+        make_teller(call.json) as teller,
+        Engine(call.configuration.settings) as engine,
+        Interruption() as cancelled,
+    ):
+        for event in engine.decode(latents, request, cancelled=cancelled):
+            teller.event(event)
+    return 0
+
+
+def demo(call: Call) -> int:
+    """Make a small video with the model that ships with Kinema."""
+    fields = {"prompt": DEMO_PROMPT, "seed": DEMO_SEED, **call.fields, "model": "demo"}
+    return _generate(make_request(fields), call)
+
+
+def models(call: Call) -> int:
+    """List the models Kinema knows, and which are installed."""
+    from kinema.cli.plans import models_text
+
+    with make_teller(call.json) as teller:
+        teller.show(*models_text(call.configuration.settings))
+    return 0
+
+
+def _generate(request: Request, call: Call) -> int:
+    from kinema.engine import Engine
+
+    with make_teller(call.json) as teller, Engine(call.configuration.settings) as engine:
+        made = engine.plan(request)
+        with Interruption() as cancelled:
+            for event in engine.run(made, cancelled=cancelled):
+                teller.event(event)
+    return 0
+
+
+@dataclass(frozen=True)
+class Command:
+    """A verb as the command line has it: its function and the Request fields that are its flags."""
+
+    verb: Verb
+    fields: tuple[str, ...] = ()
+
+
+ALL_FIELDS = tuple(Request.model_fields)
+COMMANDS: dict[str, Command] = {
+    "generate": Command(generate, ALL_FIELDS),
+    "plan": Command(plan, ALL_FIELDS),
+    "inspect": Command(inspect_files),
+    "doctor": Command(doctor),
+    "replay": Command(replay),
+    "decode": Command(decode, ("output", "save", "overwrite", "quality", "strip")),
+    "demo": Command(demo, ("prompt", "first", "last", "seed", "steps", "device", "output", "save", "overwrite")),
+    "models": Command(models),
+}
+
+
+def build_app() -> App:
+    """Return the command line, made from COMMANDS."""
+    app = App(
+        name="kinema",
+        help="One engine for the open Wan 2.1 and 2.2 video models.",
+        version=f"kinema {VERSION}",
+        version_flags=["--version"],
+    )
+    for place, (name, command) in enumerate(COMMANDS.items()):
+        app.command(_command(command), name=name, sort_key=place)
+    return app
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command; every error is told here, and its exit code returned."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    teller = make_teller("--json" in words)
+    try:
+        return _dispatch(words)
+    except KinemaError as error:
+        teller.error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        teller.error(Cancelled("stopped"))
+        return EXIT_CODE
+    except BrokenPipeError:
+        # The reader of our output has gone; what is still buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    try:
+        command, bound, _ = build_app().parse_args(words, print_error=False, exit_on_error=False)
+    except cyclopts.CycloptsError as error:
+        raise _flag_fault(words, error) from error
+    return command(*bound.args, **bound.kwargs) or 0
+
+
+def _command(command: Command) -> Callable[..., int]:
+    """Return a function with the flags of a command as its signature, as cyclopts reads it."""
+    made = parameters(command.verb, command.fields)
+
+    def run_command(*args: Any, **values: Any) -> int:
+        bound = signature.bind(*args, **values)
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        fields = {name: given.pop(name) for name in command.fields if name in given}
+        places = {name: given.pop(name) for name in ("config", "models", "catalogs", "cache")}
+        as_json = given.pop("json")
+        configuration = configure(os.environ, **places)
+        call = Call({name: value for name, value in fields.items() if value is not None}, configuration, as_json)
+        for note in configuration.notes:
+            make_teller(as_json).event(note)
+        own = [item for item in made if item.kind in (item.POSITIONAL_ONLY, item.VAR_POSITIONAL)]
+        placed = [given.pop(item.name) for item in own]
+        words = placed[0] if own and own[0].kind is inspect.Parameter.VAR_POSITIONAL else placed
+        return command.verb(call, *words, **given)
+
+    signature = inspect.Signature(made)
+    run_command.__signature__ = signature  # type: ignore[attr-defined]
+    run_command.__annotations__ = {item.name: item.annotation for item in made}
+    run_command.__doc__ = command.verb.__doc__
+    return run_command
+
+
+def _flag_fault(words: Sequence[str], error: cyclopts.CycloptsError) -> RequestError:
+    """Put a fault of the command line into our words: what was typed, what is near."""
+    verb = words[0] if words else ""
+    if verb not in COMMANDS:
+        near = nearest(verb, COMMANDS)
+        hint = f"did you mean: kinema {near}" if near else f'for a video of that text: kinema generate "{verb}"'
+        if verb.startswith("-"):
+            hint = "see: kinema --help"
+        return RequestError(
+            f"{verb!r} is no verb of kinema; there are {', '.join(COMMANDS)}",
+            hint,
+            field="verb",
+            got=verb,
+            allowed=list(COMMANDS),
+        )
+    known = flag_names(parameters(COMMANDS[verb].verb, COMMANDS[verb].fields))
+    known += [f"--no-{name}" for name in ("overwrite", "strip") if f"--{name}" in known]
+    for word in words[1:]:
+        spelled = word.partition("=")[0].replace("_", "-")
+        if word == "--":
+            break
+        if spelled.startswith("--") and spelled not in (*known, "--help"):
+            return _unknown_flag(verb, word.partition("=")[0], known)
+    message = str(error).strip()
+    if isinstance(error, cyclopts.UnusedCliTokensError):
+        return RequestError(
+            f"too many words: {message.partition(':')[2].strip(' .')}",
+            f'put the text in quotes: kinema {verb} "a cat walks"',
+            field="prompt",
+            got=list(words[1:]),
+        )
+    message = message.removeprefix(f'Command "{verb}" parameter ').rstrip(".")
+    return RequestError(message, f"see: kinema {verb} --help", field=message.split()[0], got=list(words))
+
+
+def _unknown_flag(verb: str, word: str, known: Sequence[str]) -> RequestError:
+    name = word.lstrip("-").replace("_", "-")
+    near = nearest(name, [*ELSEWHERE, *known])
+    near = ELSEWHERE.get(near or "", near)
+    return RequestError(
+        f"{word} is no flag of kinema {verb}" + (f"; did you mean {near}?" if near else ""),
+        f"see: kinema {verb} --help",
+        field=word,
+        got=word,
+        allowed=[flag for flag in known if flag.startswith("-")],
+    )
+
+
+__all__ = ["ALIASES", "COMMANDS", "build_app", "run"]

@@ -1,0 +1,134 @@
+"""Flags of the command line, made from schema.Request: no second list of what can be asked.
+
+A verb is a plain function of a Call and its own keyword arguments; `parameters` joins to those the fields of
+Request and the settings every verb shares. Values of Request fields stay text here: kinema.request judges them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from kinema.schema import Request
+from kinema.settings import PLACES, Configuration
+
+GROUPS = {
+    "what": "What",
+    "model": "Model",
+    "media": "Input media",
+    "shape": "Shape",
+    "sampling": "Sampling",
+    "machine": "Machine",
+    "output": "Output",
+}
+ALIASES = {"first": ("--image",), "save": ("-o",)}
+REPEATED = ("reference", "control_image", "control_mask")
+
+ELSEWHERE = {
+    "width": "--size WIDTHxHEIGHT",
+    "height": "--size WIDTHxHEIGHT",
+    "video-size": "--size WIDTHxHEIGHT",
+    "num-frames": "--frames",
+    "frame-num": "--frames",
+    "video-length": "--frames",
+    "infer-steps": "--steps",
+    "sample-steps": "--steps",
+    "num-inference-steps": "--steps",
+    "flow-shift": "--shift",
+    "sample-shift": "--shift",
+    "cfg-scale": "--guidance",
+    "guidance-scale": "--guidance",
+    "sample-guide-scale": "--guidance",
+    "sample-solver": "--solver",
+    "negative-prompt": "--negative",
+    "base-seed": "--seed",
+    "image-path": "--first",
+    "end-image-path": "--last",
+    "ckpt-dir": "--model FOLDER",
+    "task": "--model NAME",
+    "t5": "--text-encoder",
+    "clip": "--clip-vision",
+    "dit-low": "--dit",
+    "save-path": "--save",
+    "save-file": "--save",
+}
+"""Flags of other programs -> ours, for the hint of an unknown flag. docs/coming-from.md has them all."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What every verb is given: the Request fields typed as flags, the settings, and whether to speak JSON."""
+
+    fields: Mapping[str, Any]
+    configuration: Configuration
+    json: bool = False
+
+
+def parameters(verb: Callable[..., Any], fields: Sequence[str]) -> list[inspect.Parameter]:
+    """Return the parameters of a verb's command: its own, those of the Request `fields`, and the shared ones."""
+    own = list(inspect.signature(verb, eval_str=True).parameters.values())[1:]
+    positional = [item for item in own if item.kind is not inspect.Parameter.KEYWORD_ONLY]
+    keyword = [item for item in own if item.kind is inspect.Parameter.KEYWORD_ONLY]
+    asked = [_field_parameter(name) for name in fields]
+    positional += [item for item in asked if item.kind is not inspect.Parameter.KEYWORD_ONLY]
+    keyword += [item for item in asked if item.kind is inspect.Parameter.KEYWORD_ONLY]
+    return [*positional, *keyword, *_shared_parameters()]
+
+
+def flag_names(command: Sequence[inspect.Parameter]) -> list[str]:
+    """Return every spelling of the flags of these parameters."""
+    names = []
+    for item in command:
+        spelled = item.annotation.__metadata__[0].name or (f"--{item.name.replace('_', '-')}",)
+        names += [spelled] if isinstance(spelled, str) else list(spelled)
+    return names
+
+
+def _field_parameter(name: str) -> inspect.Parameter:
+    declared = Request.model_fields[name]
+    extra = declared.json_schema_extra
+    group = GROUPS[str(extra["group"])] if isinstance(extra, dict) else "What"
+    flag = "--" + name.replace("_", "-")
+    kind: Any = str
+    if declared.annotation is bool:
+        kind = bool
+    elif name in REPEATED:
+        kind = tuple[str, ...]
+    more = Parameter(
+        name=(flag, *ALIASES.get(name, ())),
+        help=_escape(declared.description or ""),
+        group=_group(group),
+        show_default=False,
+        negative=() if kind is not bool else None,
+    )
+    placed = inspect.Parameter.POSITIONAL_OR_KEYWORD if name == "prompt" else inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, placed, default=None, annotation=Annotated[kind | None, more])
+
+
+def _shared_parameters() -> list[inspect.Parameter]:
+    def shared(name: str, flag: str, kind: Any, default: Any, help: str) -> inspect.Parameter:
+        more = Parameter(name=flag, help=help, group=_group("Settings"), show_default=False, negative=())
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, more]
+        )
+
+    places = [
+        shared(name, flag, Path | None if name == "cache" else tuple[Path, ...], None if name == "cache" else (), help)
+        for name, (_, flag, help) in ((name, PLACES[name]) for name in PLACES)
+    ]
+    config = shared("config", "--config", Path | None, None, "configuration file to read instead of the usual one")
+    return [*places, config, shared("json", "--json", bool, False, "one JSON object a line on stdout, errors too")]
+
+
+def _group(title: str) -> Group:
+    return Group(title, sort_key=[*GROUPS.values(), "Settings"].index(title) + 10)
+
+
+def _escape(text: str) -> str:
+    """Keep rich from reading words in brackets as markup."""
+    return text.replace("[", "\\[")

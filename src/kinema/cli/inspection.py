@@ -1,0 +1,107 @@
+"""What a file is: weights of a model, latents, or an output of Kinema with its plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kinema.cli.plans import plan_text
+from kinema.cli.tell import gigabytes
+from kinema.errors import CheckpointError, RequestError
+from kinema.schema import FileFacts, Plan
+
+OUTPUT_SUFFIXES = (".mp4", ".webm", ".gif", ".webp", ".png")
+PLAN_KEY = "kinema"
+
+
+def inspect_file(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return what a file is, as text and as data.
+
+    Raises CheckpointError for weights that are damaged or unknown, and for what no reader of ours can open.
+    """
+    from kinema.catalog import load_catalog, matching_entries
+    from kinema.weights.detect import inspect
+
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist", "check the path", path=str(path))
+    if path.suffix.lower() in OUTPUT_SUFFIXES:
+        return _output(path)
+    if path.suffix.lower() == ".safetensors" and (plan := latents_plan(path)) is not None:
+        size = f"{plan.frames} frames, {plan.width}x{plan.height}"
+        text = f"{path}\n  latents of {size}; make the video with: kinema decode {path}"
+        return f"{text}\n\n{plan_text(plan)}", {
+            "path": str(path),
+            "kind": "latents",
+            "plan": plan.model_dump(mode="json"),
+        }
+    facts = inspect(path)
+    fits = [entry.name for entry in matching_entries(facts.config, load_catalog())] if facts.component == "dit" else []
+    data = {"path": str(path), "kind": "weights", **facts.model_dump(mode="json"), "models": fits}
+    return _weights_text(facts, fits), data
+
+
+def embedded_plan(path: Path) -> Plan | None:
+    """Return the plan an output or latents file carries, None where it carries none.
+
+    Raises RequestError for a plan of another version, CheckpointError for a file that cannot be read.
+    """
+    from kinema.media.metadata import read_metadata
+
+    if path.suffix.lower() == ".safetensors":
+        return latents_plan(path)
+    try:
+        text = path.read_text("utf-8") if path.suffix.lower() == ".json" else read_metadata(path).get(PLAN_KEY)
+    except (RequestError, OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}", "give a file that Kinema wrote", path=str(path)
+        ) from error
+    return None if text is None else parse_plan(text, path)
+
+
+def latents_plan(path: Path) -> Plan | None:
+    """Return the plan a safetensors file carries in its header, None for any other."""
+    from kinema.weights.files import open_tensors
+
+    text = dict(open_tensors(path).metadata).get(PLAN_KEY)
+    return None if text is None else parse_plan(text, path)
+
+
+def parse_plan(text: str, path: Path) -> Plan:
+    """Return the plan that `text` is; CheckpointError for one this version cannot read."""
+    try:
+        return Plan.model_validate_json(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} holds a plan that this version cannot read: {str(error).splitlines()[0]}",
+            "use the version of Kinema that made it",
+            path=str(path),
+        ) from error
+
+
+def _output(path: Path) -> tuple[str, dict[str, Any]]:
+    plan = embedded_plan(path)
+    if plan is None:
+        raise CheckpointError(
+            f"{path} carries no plan of Kinema: made with --strip, or by another program",
+            "the .json file of the same name has the plan, if it is still there",
+            path=str(path),
+        )
+    text = f"{path}\n  made by Kinema {plan.kinema}; make it again with: kinema replay {path}"
+    return f"{text}\n\n{plan_text(plan)}", {"path": str(path), "kind": "output", "plan": plan.model_dump(mode="json")}
+
+
+def _weights_text(facts: FileFacts, fits: list[str]) -> str:
+    rows = {
+        "component": facts.component.replace("_", " "),
+        "structure": facts.structure,
+        "models": ", ".join(fits),
+        "dialect": f"{facts.dialect}, {facts.container}"
+        + (f", {len(facts.files)} files" if len(facts.files) > 1 else ""),
+        "dtype": facts.dtype,
+        "size": f"{facts.parameters:,} parameters in {facts.tensors} tensors, {gigabytes(facts.bytes)}",
+        "likely role": f"{facts.name_suggests}-noise expert, by its name only" if facts.name_suggests else "",
+        "tokenizer": "inside" if facts.has_tokenizer else "",
+        "ignored": ", ".join(facts.ignored),
+        "config": ", ".join(f"{name}={value}" for name, value in facts.config.items()),
+    }
+    return "\n".join([str(facts.path), *(f"  {name:<12} {value}" for name, value in rows.items() if value)])

@@ -1,0 +1,152 @@
+"""Plans and models as text for people."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from kinema.catalog import find_files, load_catalog
+from kinema.cli.tell import duration, gigabytes
+from kinema.errors import CatalogError
+from kinema.schema import CatalogEntry, ModelRef, Plan, Settings
+
+WIDTH = 110
+
+
+def plan_text(plan: Plan) -> str:
+    """Return a plan as a page: what, from which files, how long, step by step, what it will cost."""
+    console = _page()
+    console.print(_facts(plan))
+    console.print(_files(plan))
+    console.print(_steps(plan))
+    if plan.costs:
+        console.print(_costs(plan))
+    for note in plan.notes:
+        console.print(f"note: {note.text}", markup=False)
+    return _text(console)
+
+
+def _facts(plan: Plan) -> Table:
+    channels, latent_frames, rows, columns = plan.latent
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    facts = {
+        "model": f"{plan.model} ({plan.title})",
+        "licence": plan.licence,
+        "task": plan.task,
+        "prompt": plan.prompt,
+        "negative": plan.negative,
+        "size": f"{plan.width}x{plan.height}",
+        "frames": f"{plan.frames} at {plan.fps:g} fps, {plan.frames / plan.fps:.2f} s",
+        "latent grid": f"{latent_frames} frames of {columns}x{rows}, {channels} channels; {plan.tokens} tokens",
+        "images": ", ".join(f"{image.role} {image.path}" for image in plan.images),
+        "seeds": ", ".join(map(str, plan.seeds)),
+        "sampling": f"{plan.solver}, {len(plan.steps)} steps, shift {plan.shift:g}"
+        + (f", boundary {plan.boundary:g}" if plan.boundary is not None else ""),
+        "runs on": f"{plan.device}, {plan.precision}",
+        "output": ", ".join(str(path) for paths in plan.output.paths for path in paths),
+    }
+    for name, value in facts.items():
+        if value:
+            table.add_row(name, _plain(value))
+    return table
+
+
+def _files(plan: Plan) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("part", "file", "dialect", "held as"):
+        table.add_column(column)
+    table.add_column("size", justify="right")
+    refs: dict[str, ModelRef] = {
+        f"dit {expert}" if expert != "model" else "dit": ref for expert, ref in plan.experts.items()
+    }
+    refs |= {"text encoder": plan.text_encoder, "vae": plan.vae}
+    refs |= {"clip vision": plan.clip_vision} if plan.clip_vision else {}
+    for name, ref in refs.items():
+        files = str(ref.files[0]) + (f" and {len(ref.files) - 1} more" if len(ref.files) > 1 else "")
+        table.add_row(name, _plain(files), ref.dialect, ref.dtype, gigabytes(ref.bytes))
+    return table
+
+
+def _steps(plan: Plan) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("step", "sigma", "timestep", "guidance"):
+        table.add_column(column, justify="right")
+    table.add_column("expert")
+    for number, step in enumerate(plan.steps, 1):
+        expert = "" if step.expert == "model" else step.expert
+        table.add_row(f"{number}", f"{step.sigma:.6f}", f"{step.timestep:g}", f"{step.guidance:g}", expert)
+    return table
+
+
+def _costs(plan: Plan) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("stage")
+    table.add_column("peak memory", justify="right")
+    table.add_column("time", justify="right")
+    for cost in plan.costs:
+        table.add_row(
+            cost.stage,
+            gigabytes(cost.peak_bytes),
+            "not measured yet" if cost.seconds is None else duration(cost.seconds),
+        )
+    return table
+
+
+def models_text(settings: Settings) -> tuple[str, list[dict[str, Any]]]:
+    """Return the catalog as a table, and as data: every model, what it takes, where it is installed."""
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("model", "what it is", "takes", "size", "frames", "installed"):
+        table.add_column(column)
+    rows = []
+    for entry in load_catalog(settings.catalogs).values():
+        files, lacks = _installed(entry, settings)
+        table.add_row(
+            entry.name,
+            entry.title,
+            ", ".join(("text", *entry.takes)),
+            f"{entry.size[0]}x{entry.size[1]}",
+            str(entry.frames),
+            "yes" if files else "no",
+        )
+        rows.append(
+            {
+                "name": entry.name,
+                "title": entry.title,
+                "aliases": list(entry.aliases),
+                "takes": list(entry.takes),
+                "needs": list(entry.needs),
+                "licence": entry.licence,
+                "installed": bool(files),
+                "files": files,
+                "missing": lacks,
+            }
+        )
+    console = _page()
+    console.print(table)
+    console.print(f"searched: {', '.join(map(str, settings.models)) or 'no folder'}", markup=False)
+    return _text(console), rows
+
+
+def _installed(entry: CatalogEntry, settings: Settings) -> tuple[dict[str, str], str]:
+    try:
+        return {role: str(path) for role, path in find_files(entry, settings.models).items()}, ""
+    except CatalogError as error:
+        return {}, error.message
+
+
+def _page() -> Console:
+    return Console(file=io.StringIO(), width=WIDTH, highlight=False, color_system=None, soft_wrap=False)
+
+
+def _text(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")
