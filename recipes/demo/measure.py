@@ -1,0 +1,99 @@
+"""What a clip shows, measured from its frames alone: background, and colour, size class and motion of each thing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import data
+import numpy as np
+from numpy.typing import NDArray
+
+SMALLEST = 10  # pixels inside the outline: what has fewer in the median frame is no thing
+SIZE_LIMIT = math.pi * data.RADIUS["small"] * data.RADIUS["large"]  # between the two areas, geometrically
+MOVED = 9.0  # pixels between the ends of a clip; a moving thing covers 19 or more
+HOPPED = 6.0
+GREW = 2.5  # times its first area; a growing thing reaches 6
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One thing as measured. `x`, `y` its centroid a frame in pixels, NaN where it cannot be seen."""
+
+    colour: str
+    size: str | None
+    motion: str
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+
+
+def look(clip: data.Clip) -> tuple[str, tuple[Seen, ...]]:
+    """Background and things, the largest first, of uint8 frames [T, H, W, 3]."""
+    border = np.concatenate([clip[:, :2].reshape(-1, 3), clip[:, -2:].reshape(-1, 3)])
+    background = _nearest(np.median(border, axis=0), data.BACKGROUNDS)
+    palette = np.array([data.BACKGROUNDS[background], *data.COLOURS.values()], dtype=np.float32)
+    distance = ((clip[..., None, :].astype(np.float32) - palette) ** 2).sum(axis=-1)
+    label = distance.argmin(axis=-1)
+    things = []
+    for index, colour in enumerate(data.COLOURS, start=1):
+        mask = label == index
+        area = mask.sum(axis=(1, 2))
+        if np.median(_inside(mask).sum(axis=(1, 2))) >= SMALLEST:
+            things.append((float(np.median(area)), _measure(colour, mask, area)))
+    things.sort(key=lambda pair: -pair[0])
+    return background, tuple(seen for _, seen in things)
+
+
+def _inside(mask_THW: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Without the outline: where antialiasing mixes two colours into a third, no patch is solid."""
+    m = mask_THW
+    return m[:, 1:-1, 1:-1] & m[:, :-2, 1:-1] & m[:, 2:, 1:-1] & m[:, 1:-1, :-2] & m[:, 1:-1, 2:]
+
+
+def _measure(colour: str, mask_THW: NDArray[np.bool_], area: NDArray[np.int64]) -> Seen:
+    grid = np.arange(mask_THW.shape[1]) + 0.5
+    with np.errstate(invalid="ignore", divide="ignore"):
+        x = (mask_THW.sum(axis=1) * grid).sum(axis=1) / area
+        y = (mask_THW.sum(axis=2) * grid).sum(axis=1) / area
+    motion = _motion(x, y, area)
+    size = None if motion == "grow" else "small" if np.median(area) < SIZE_LIMIT else "large"
+    return Seen(colour, size, motion, x, y)
+
+
+def _motion(x: NDArray[np.float64], y: NDArray[np.float64], area: NDArray[np.int64]) -> str:
+    first, last = slice(0, 2), slice(-2, None)
+    if area[last].mean() > GREW * max(area[first].mean(), 1):
+        return "grow"
+    dx = np.nanmean(x[last]) - np.nanmean(x[first])
+    dy = np.nanmean(y[last]) - np.nanmean(y[first])
+    if math.hypot(dx, dy) >= MOVED:
+        return max(data.DIRECTIONS, key=lambda name: _cosine(data.DIRECTIONS[name], (dx, dy)))
+    return "bounce" if np.nanmax(y) - np.nanmin(y) >= HOPPED else "still"
+
+
+def _cosine(a: tuple[int, int], b: tuple[float, float]) -> float:
+    return (a[0] * b[0] + a[1] * b[1]) / math.hypot(*a)
+
+
+def _nearest(colour: NDArray, palette: dict[str, tuple[int, int, int]]) -> str:
+    return min(palette, key=lambda name: float(((np.array(palette[name]) - colour) ** 2).sum()))
+
+
+def verdict(clip: data.Clip, scene: data.Scene) -> dict[str, bool]:
+    """Which attributes of `scene` the clip shows; `all` is colour, size and motion of every thing."""
+    background, things = look(clip)
+    seen = {thing.colour: thing for thing in things}
+    pairs = [(thing, seen.get(thing.colour)) for thing in scene.things]
+    right = {
+        "background": background == scene.background,
+        "colour": set(seen) == {thing.colour for thing in scene.things},
+        "size": all(found is not None and found.size == thing.size for thing, found in pairs),
+        "motion": all(found is not None and found.motion == thing.motion for thing, found in pairs),
+    }
+    right["all"] = right["colour"] and right["size"] and right["motion"]
+    return right
+
+
+def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    """In dB, of 8-bit pictures."""
+    return float(-10 * np.log10(np.square((a.astype(np.float64) - b) / 255).mean() + 1e-10))
