@@ -293,7 +293,7 @@ def pieces(frames: int, stride: int, chunk: int) -> Iterator[tuple[int, int, boo
 def check_clip(video_BCTHW: Tensor, temporal_stride: int, spatial_stride: int) -> None:
     """Raise RequestError for a clip that does not divide; a partial last chunk would be lost."""
     frames, height, width = video_BCTHW.shape[2:]
-    if frames % temporal_stride != 1:
+    if frames < 1 or (frames - 1) % temporal_stride:
         below = max(frames - 1, 0) // temporal_stride * temporal_stride + 1
         raise RequestError(
             f"{frames} frames is not {temporal_stride}n+1; nearest are {below} and {below + temporal_stride}",
