@@ -6,7 +6,7 @@ Knows the layouts of official, diffusers and ComfyUI folders. What a layout leav
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,24 @@ TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 TOKENIZER_FOLDERS = ("google/umt5-xxl", "tokenizer", "umt5-xxl")
 
 
-def resolve_folder(folder: Path) -> dict[str, Path]:
+def resolve_folder(folder: Path, given: Collection[str] = ()) -> dict[str, Path]:
     """Return paths by role: dit, dit_high, vae, text_encoder, clip_vision, tokenizer; without those that have no file.
 
+    given   roles named by hand, which are not looked for and so cannot be ambiguous.
     Raises CatalogError listing the candidates where a role has several, CheckpointError where a role has none and a
     file that may have been it is broken.
     """
     index = folder / "model_index.json"
     if index.is_file():
-        return _diffusers(folder, _read_index(index))
-    if any((folder / name).is_dir() for names in COMFY_FOLDERS.values() for name in names):
-        return _comfyui(folder)
-    return _official(folder)
+        roles = _diffusers(folder, _read_index(index), given)
+    elif any((folder / name).is_dir() for names in COMFY_FOLDERS.values() for name in names):
+        roles = _comfyui(folder, given)
+    else:
+        roles = _official(folder, given)
+    tokenizer = find_tokenizer(roles.get("text_encoder", folder)) or find_tokenizer(folder)
+    if tokenizer:
+        roles["tokenizer"] = tokenizer
+    return {role: path for role, path in roles.items() if role not in given}
 
 
 def find_tokenizer(path: Path, roots: Sequence[Path] = ()) -> Path | None:
@@ -60,7 +66,7 @@ def find_tokenizer(path: Path, roots: Sequence[Path] = ()) -> Path | None:
 # --- layouts ---------------------------------------------------------------------------------------
 
 
-def _diffusers(folder: Path, index: dict[str, Any]) -> dict[str, Path]:
+def _diffusers(folder: Path, index: dict[str, Any], given: Collection[str]) -> dict[str, Path]:
     parts = {name for name, row in index.items() if isinstance(row, list) and row[:1] != [None]}
     present = {name for name in parts if (folder / name).is_dir()}
     names = {"vae": "vae", "text_encoder": "text_encoder", "clip_vision": "image_encoder"}
@@ -70,28 +76,29 @@ def _diffusers(folder: Path, index: dict[str, Any]) -> dict[str, Path]:
     elif "transformer_2" in parts and index.get("_class_name") in PIPELINES:
         both = {"dit_high": "transformer", "dit": "transformer_2"}
         roles |= {role: folder / name for role, name in both.items() if name in present}
-    elif "transformer_2" in parts:
+    elif "transformer_2" in parts and "dit" not in given:
         raise _ambiguous(folder, "dit", [folder / "transformer", folder / "transformer_2"])
-    return _with_tokenizer(roles, folder)
+    return roles
 
 
-def _official(folder: Path) -> dict[str, Path]:
+def _official(folder: Path, given: Collection[str]) -> dict[str, Path]:
     """Expert folders are certain; everything else at the top is told by its header."""
     roles = {role: folder / name for role, name in EXPERT_FOLDERS.items() if (folder / name).is_dir()}
-    needed = {"vae", "text_encoder", *(() if roles else ("dit",))}
+    needed = {"vae", "text_encoder", *(() if roles else ("dit",))} - set(given)
     candidates = _by_component(checkpoints_in(folder), needed)
+    candidates = {role: paths for role, paths in candidates.items() if role not in given}
     if roles and "dit" in candidates:
         raise _ambiguous(folder, "dit", [*candidates["dit"], *roles.values()])
-    return _with_tokenizer(roles | _single(folder, candidates), folder)
+    return roles | _single(folder, candidates)
 
 
-def _comfyui(folder: Path) -> dict[str, Path]:
+def _comfyui(folder: Path, given: Collection[str]) -> dict[str, Path]:
     roles: dict[str, Path] = {}
-    for role, names in COMFY_FOLDERS.items():
-        folders = [folder / name for name in names if (folder / name).is_dir()]
+    for role in COMFY_FOLDERS.keys() - set(given):
+        folders = [folder / name for name in COMFY_FOLDERS[role] if (folder / name).is_dir()]
         found = _by_component([path for place in folders for path in checkpoints_in(place)], {role})
         roles |= _single(folder, {role: found.get(role, [])})
-    return _with_tokenizer(roles, folder)
+    return roles
 
 
 def _by_component(paths: Sequence[Path], needed: AbstractSet[str]) -> dict[str, list[Path]]:
@@ -116,11 +123,6 @@ def _single(folder: Path, candidates: dict[str, list[Path]]) -> dict[str, Path]:
         if len(paths) > 1:
             raise _ambiguous(folder, role, paths)
     return {role: paths[0] for role, paths in candidates.items() if paths}
-
-
-def _with_tokenizer(roles: dict[str, Path], folder: Path) -> dict[str, Path]:
-    tokenizer = find_tokenizer(roles.get("text_encoder", folder)) or find_tokenizer(folder)
-    return roles | ({"tokenizer": tokenizer} if tokenizer else {})
 
 
 def _ambiguous(folder: Path, role: str, paths: Sequence[Path]) -> CatalogError:

@@ -305,7 +305,7 @@ def translate(file: TensorFile) -> Translation:
     for official in _unused(dialect.component, sources):
         names = sources.pop(official).names
         ignored.setdefault(_without_index(names[0]), []).extend(names)
-    tidy = {pattern.replace("\\", ""): tuple(names) for pattern, names in ignored.items()}
+    tidy = {pattern.replace(r"\..+", ".*").replace("\\", ""): tuple(names) for pattern, names in ignored.items()}
     return Translation(dialect, sources, tidy, tuple(leftover))
 
 
@@ -345,5 +345,5 @@ def _unused(component: Component, sources: Iterable[str]) -> list[str]:
 
 
 def _without_index(name: str) -> str:
-    match = re.match(r"(.*\.\d+)\.", name)
-    return f"{match[1]}.+" if match else name
+    match = re.match(r"(.*?\.\d+)\.", name)
+    return f"{match[1]}.*" if match else name

@@ -40,7 +40,7 @@ class Shapes:
 
     def axis(self, name: str, axis: int) -> int:
         shape = self.table.get(name, ())
-        if not -len(shape) <= axis < len(shape):
+        if not -len(shape) <= axis < len(shape) or not shape[axis]:
             problem = "is missing" if name not in self.table else f"has shape {list(shape)}"
             raise self.error(f"{name} {problem}, from which its structure is read", key=name)
         return shape[axis]
@@ -72,11 +72,10 @@ def dit_config(shapes: Shapes) -> dict[str, Any]:
         "text_dim": shapes.axis("text_embedding.0.weight", 1),
         "freq_dim": shapes.axis("time_embedding.0.weight", 1),
         "has_clip_tokens": has_clip_tokens,
+        "num_clip_positions": shapes.axis("img_emb.emb_pos", 1) if "img_emb.emb_pos" in shapes else 0,
     }
     if has_clip_tokens:
         config["clip_dim"] = shapes.axis("img_emb.proj.0.bias", 0)
-    if "img_emb.emb_pos" in shapes:
-        config["num_clip_positions"] = shapes.axis("img_emb.emb_pos", 1)
     if config["dim"] % WanConfig.head_dim:
         raise shapes.error(f"its width {config['dim']} does not divide into heads {WanConfig.head_dim} wide")
     return config
@@ -172,7 +171,7 @@ def clip_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def describe_dit(config: Mapping[str, Any]) -> str:
-    positions = config.get("num_clip_positions")
+    positions = config["num_clip_positions"]
     clip = f"{positions} CLIP tokens with positions" if positions else "CLIP tokens"
     layers = f"{config['num_layers']} layers, {config['dim']} wide"
     channels = f"in {config['in_channels']}, out {config['out_channels']}"
