@@ -82,19 +82,27 @@ class Stages:
 
 
 class Meter:
-    """Counts the units of one stage into Progress events, with the time left at the pace so far."""
+    """Counts the units of one stage into Progress events, with the time left at the pace so far.
 
-    def __init__(self, stage: str, total: int, seed: int | None = None) -> None:
-        self._stage, self._total, self._seed = stage, total, seed
+    The first unit is left out of the pace as soon as there is a second: it loads and prepares.
+    """
+
+    def __init__(
+        self, stage: str, total: int, seed: int | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._stage, self._total, self._seed, self._clock = stage, total, seed, clock
         self._done = 0
-        self._began = time.perf_counter()
+        self._since, self._since_done = clock(), 0
 
     def start(self) -> Progress:
         return Progress(stage=self._stage, done=0, total=self._total, seed=self._seed)
 
     def tick(self, units: int = 1) -> Progress:
-        self._done += units
-        pace = (time.perf_counter() - self._began) / self._done
+        now = self._clock()
+        first, self._done = self._done == 0, self._done + units
+        pace = (now - self._since) / (self._done - self._since_done)
+        if first:
+            self._since, self._since_done = now, self._done
         return Progress(
             stage=self._stage,
             done=self._done,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,28 +72,13 @@ class BackgroundHashes:
         self._pending: dict[Path, Future[str]] = {}
 
     def begin(self, files: Iterable[Path]) -> None:
-        """Start hashing these files; returns at once."""
+        """Start hashing these files; returns at once. A file that is known and unchanged costs a look at its time."""
         for file in files:
-            if file not in self._pending:
-                self._pending[file] = self._pool.submit(self._cache.sha256, file)
+            self._pending[file] = self._pool.submit(self._cache.sha256, file)
 
-    def collect(self, files: Iterable[Path], waiting: Callable[[], None] = lambda: None) -> dict[str, str]:
+    def collect(self, files: Iterable[Path]) -> dict[str, str]:
         """Return the hash of each file by its path, waiting for those under way."""
-        hashes = {}
-        for file in files:
-            while not self._pending[file].done():
-                waiting()
-                _wait_a_little(self._pending[file])
-            hashes[str(file)] = self._pending[file].result()
-            del self._pending[file]
-        return hashes
+        return {str(file): self._pending[file].result() for file in files}
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _wait_a_little(future: Future[str]) -> None:
-    try:
-        future.result(timeout=0.2)
-    except TimeoutError:
-        return

@@ -344,7 +344,7 @@ class Plan(Frozen):
     seeds: tuple[int, ...]
     solver: Solver
     shift: float
-    boundary: float | None
+    boundary: float | None = None
     steps: tuple[PlanStep, ...]
     precision: Precision
     device: str

@@ -55,7 +55,9 @@ def image(width: int, height: int, name: str = "image.png", alpha: bool = False)
     return MediaFacts(path=Path(f"/in/{name}"), kind="image", width=width, height=height, has_alpha=alpha)
 
 
-def plan(model: str, images: dict[str, MediaFacts] | None = None, facts: dict[str, Any] | None = None, **fields: Any) -> Plan:
+def plan(
+    model: str, images: dict[str, MediaFacts] | None = None, facts: dict[str, Any] | None = None, **fields: Any
+) -> Plan:
     """Plan a request for a catalog model whose files are all there."""
     entry = CATALOG[model]
     images = images or {}

@@ -6,7 +6,6 @@ from kinema.errors import RequestError
 from kinema.planning.geometry import (
     PATCH,
     SPATIAL_STRIDE,
-    latent_frames,
     nearest_frames,
     nearest_multiples,
     size_by_area,
@@ -18,7 +17,7 @@ from kinema.schema import AREAS, CatalogEntry, Facts, ImagePlan, Note, Request
 def plan_size(request: Request, entry: CatalogEntry, facts: Facts, notes: list[Note]) -> tuple[int, int]:
     multiple = SPATIAL_STRIDE[entry.vae] * PATCH
     by_area = size_by_area_wan22 if entry.vae == "wan2.2" else size_by_area
-    image = facts.media.get("first", (None,))[0]
+    image = next(iter(facts.media.get("first", ())), None)
     if request.size and request.size not in AREAS:
         width, height = (int(side) for side in request.size.split("x"))
         _check_sides(width, height, multiple)
@@ -78,15 +77,13 @@ def plan_length(request: Request, entry: CatalogEntry, notes: list[Note]) -> tup
             allowed="4n+1",
             nearest=near[0],
         )
-    images = sum(1 for field in ("first", "last") if getattr(request, field))
-    if images and latent_frames(frames) < images + 1:
+    if (request.first or request.last) and frames == 1:
         raise RequestError(
-            f"frames {frames} leaves nothing to make beside the given image{'s' if images > 1 else ''}; "
-            f"at least {4 * images + 1} are needed",
+            "frames 1 leaves nothing to make beside the given image; at least 5 are needed",
             f"pass --frames {entry.frames}",
             field="frames",
             got=frames,
-            nearest=4 * images + 1,
+            nearest=5,
         )
     return frames, fps
 

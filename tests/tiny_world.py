@@ -1,0 +1,130 @@
+"""A models folder with one small model of every kind, in real files, and the catalog that names them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from PIL import Image
+
+from checkpoints import TINY, TINY_VAE22, official_state, write
+from kinema.schema import Settings
+
+TEXTS = ["a cat walks on grass", "a large red circle moves left on a blue ground", "two small squares stand still"]
+TEXT_DIM, CLIP_DIM = TINY["text_encoder"]["dim"], TINY["clip_vision"]["dim"]
+DIT = {
+    **TINY["dit"],
+    "dim": 128,
+    "has_clip_tokens": False,
+    "num_clip_positions": 0,
+    "in_channels": 16,
+    "text_dim": TEXT_DIM,
+}
+DITS = {
+    "t2v": DIT,
+    "i2v": {**DIT, "in_channels": 36},
+    "clip": {**DIT, "in_channels": 36, "has_clip_tokens": True, "clip_dim": CLIP_DIM},
+    "flf": {**DIT, "in_channels": 36, "has_clip_tokens": True, "clip_dim": CLIP_DIM, "num_clip_positions": 10},
+    "ti2v": {**DIT, "in_channels": 48, "out_channels": 48},
+}
+
+CATALOG = """
+[shared]
+text_encoder = ["text_encoders/tiny_umt5.safetensors"]
+vae21 = ["vae/tiny_vae.safetensors"]
+vae22 = ["vae/tiny_vae22.safetensors"]
+clip_vision = ["clip_vision/tiny_clip.safetensors"]
+"""
+ROW = """
+[models.{name}]
+title = "A small {name}"
+structure.dim = 128
+structure.num_layers = 2
+structure.in_channels = {in_channels}
+structure.out_channels = {out_channels}
+structure.has_clip_tokens = {clip}
+structure.num_clip_positions = {positions}
+vae = "{vae}"
+text_len = 16
+size = [32, 32]
+frames = 5
+fps = 8
+steps = 2
+shift = 3.0
+guidance = 3.0
+negative = "two small squares"
+licence = "none"
+files.dit = ["diffusion_models/{kind}.safetensors"]
+{more}
+"""
+TWO = """
+experts = ["high", "low"]
+boundary = 0.875
+guidance_high = 4.0
+files.dit_high = ["diffusion_models/{}_high.safetensors"]
+"""
+NEEDS = {
+    "tiny-t2v": ("t2v", ""),
+    "tiny-t2v-two": ("t2v", TWO.format("t2v")),
+    "tiny-i2v-two": ("i2v", 'takes = ["first", "last"]\nneeds = ["first"]\nby_area = true\n' + TWO.format("i2v")),
+    "tiny-clip": ("clip", 'takes = ["first"]\nneeds = ["first"]\nby_area = true\n'),
+    "tiny-flf": ("flf", 'takes = ["first", "last"]\nneeds = ["first", "last"]\nby_area = true\n'),
+    "tiny-ti2v": ("ti2v", 'takes = ["first"]\nfirst_frame = "overwrite"\nby_area = true\n'),
+}
+
+
+@dataclass(frozen=True)
+class TinyWorld:
+    """root: a ComfyUI-like models folder; settings: where an engine finds it."""
+
+    root: Path
+    settings: Settings
+
+    def file(self, name: str) -> Path:
+        return self.root / name
+
+
+def spiece_model(vocab: int = TINY["text_encoder"]["vocab"]) -> bytes:
+    """Train a sentencepiece model on a few sentences; ids of pad, eos and unk as in umT5."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20), model_writer=model, vocab_size=vocab, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def build(root: Path) -> TinyWorld:
+    """Write every file of the tiny world under `root`."""
+    for kind, config in DITS.items():
+        write(root / f"diffusion_models/{kind}.safetensors", official_state("dit", config, salt=11))
+    for kind in ("t2v", "i2v"):
+        write(root / f"diffusion_models/{kind}_high.safetensors", official_state("dit", DITS[kind], salt=21))
+    write(root / "vae/tiny_vae.safetensors", official_state("vae"))
+    write(root / "vae/tiny_vae22.safetensors", official_state("vae", TINY_VAE22))
+    write(root / "clip_vision/tiny_clip.safetensors", official_state("clip_vision"))
+    text = official_state("text_encoder")
+    text["spiece_model"] = torch.from_numpy(np.frombuffer(spiece_model(), np.uint8).copy())
+    write(root / "text_encoders/tiny_umt5.safetensors", text)
+    rows = [
+        ROW.format(
+            name=name, kind=kind, more=more, vae="wan2.2" if kind == "ti2v" else "wan2.1",
+            in_channels=DITS[kind]["in_channels"], out_channels=DITS[kind]["out_channels"],
+            clip=str(DITS[kind]["has_clip_tokens"]).lower(), positions=DITS[kind]["num_clip_positions"],
+        )
+        for name, (kind, more) in NEEDS.items()
+    ]  # fmt: skip
+    catalog = root / "tiny.toml"
+    catalog.write_text(CATALOG + "".join(rows), "utf-8")
+    return TinyWorld(root, Settings(models=(root,), catalogs=(catalog,)))
+
+
+def picture(path: Path, width: int = 64, height: int = 64, seed: int = 0) -> Path:
+    """Write a smooth coloured picture."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path)
+    return path
