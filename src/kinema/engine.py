@@ -215,6 +215,7 @@ class Engine:
                 yield meter.tick()
         clean = conditions["cond"].clean_BCFhw
         start = noise(seed, (1, *plan.latent)).to(device)
+        factors = ops.preview_factors(plan) if plan.output.preview is not None else None
         meter = Meter("sample", len(plan.steps), seed)
         with stages.measure("sample"):
             yield meter.start()
@@ -223,15 +224,15 @@ class Engine:
                     yield meter.tick()
                     _stop_if(cancelled)
                     if plan.output.preview is not None:
-                        yield self._preview(plan, step.index, step.x0[0])
+                        yield self._preview(plan, step.index, step.x0[0], factors)
             except NumericsError as error:
                 raise _located(error, velocity.last) from error
         return step.x[0].cpu()
 
-    def _preview(self, plan: Plan, index: int, latents_CFhw: Tensor) -> Preview:
+    def _preview(self, plan: Plan, index: int, latents_CFhw: Tensor, factors: Tensor | None) -> Preview:
         path = cast(Path, plan.output.preview)
         middle = latents_CFhw.shape[1] // 2
-        frame = preview_rgb(latents_CFhw[:, middle : middle + 1].cpu(), ops.preview_factors(plan))
+        frame = preview_rgb(latents_CFhw[:, middle : middle + 1].cpu(), factors)
         media = Media(iter([ops.enlarged(frame, plan.height, plan.width)]), 1, plan.width, plan.height, plan.fps, {})
         write(media, path, "png")
         return Preview(step=index + 1, path=path)

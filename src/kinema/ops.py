@@ -182,9 +182,9 @@ def read_latents(path: Path) -> tuple[Tensor, Plan]:
 
 
 def preview_factors(plan: Plan) -> Tensor | None:
-    """Return the linear latent-to-RGB factors a VAE file brings along, None to take the official ones."""
-    factors = plan.vae.config.get("preview_rgb")
-    return None if factors is None else torch.tensor(factors)
+    """Return the linear latent-to-RGB factors a VAE's file brings along, None to take the official ones."""
+    factors = dict(open_tensors(plan.vae.files).metadata).get("preview_rgb")
+    return None if factors is None else torch.tensor(json.loads(factors))
 
 
 def enlarged(frame_THWC: Tensor, height: int, width: int) -> Tensor:

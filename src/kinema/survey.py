@@ -94,7 +94,7 @@ def _locate(request: Request, named: CatalogEntry | None, settings: Settings) ->
         folder = Path(str(request.model)).expanduser()
         if not folder.is_dir():
             raise CatalogError(f"--model {folder}: no such folder", _near(folder), name=str(folder))
-        return {**resolve_folder(folder), **flags}
+        return {**resolve_folder(folder, given=flags), **flags}
     if not missing(named, flags):
         return flags
     return {**find_files(named, settings.models), **flags}

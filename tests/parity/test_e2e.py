@@ -65,27 +65,27 @@ def plan_steps(config: dict[str, Any], late: int = 0) -> list[PlanStep]:
     ]
 
 
-def run(spec: dict[str, Any], late: int = 0) -> tuple[Tensor, WanVAE]:
+def run(spec: dict[str, Any], late: int = 0, device: torch.device = CPU) -> tuple[Tensor, WanVAE]:
     """Return (latents_BCFhw, vae) of the run a golden spec describes."""
     config = spec["config"]
     two = "salt_high" in config
     salts = {"high": config["salt_high"], "low": config["salt_low"]} if two else {"model": config["salt_dit"]}
-    models = {expert: dit(config["dit"], salt) for expert, salt in salts.items()}
-    autoencoder = vae(config["vae"], "2.2" if config["vae"]["z_dim"] == 48 else "2.1")
-    noise = input_tensor("noise", spec["inputs"]["noise"], 1)[None]
+    models = {expert: dit(config["dit"], salt).to(device) for expert, salt in salts.items()}
+    autoencoder = vae(config["vae"], "2.2" if config["vae"]["z_dim"] == 48 else "2.1").to(device)
+    noise = input_tensor("noise", spec["inputs"]["noise"], 1)[None].to(device)
     concat = clean = None
     if config["dit"]["model_type"] == "i2v":
-        image = input_tensor("image", (3, config["height"], config["width"]), 1, scale=1.0)
+        image = input_tensor("image", (3, config["height"], config["width"]), 1, scale=1.0).to(device)
         concat = ops.image_channels(autoencoder, {"first": image}, config["frames"])
     elif "image" in spec["inputs"]:
-        image = input_tensor("image", spec["inputs"]["image"], 1, scale=1.0)
+        image = input_tensor("image", spec["inputs"]["image"], 1, scale=1.0).to(device)
         clean = autoencoder.encode(image[None, :, None])
     texts: dict[Branch, str] = {"cond": "context", "uncond": "context_null"}
     conditions = {
         branch: Conditions((input_tensor(name, spec["inputs"][name], 1),), None, concat, clean)
         for branch, name in texts.items()
     }
-    velocity = ops.Velocity(lambda expert: models[expert], conditions, CPU)
+    velocity = ops.Velocity(lambda expert: models[expert], conditions, device)
     *_, last = sample(plan_steps(config, late), config["solver"], noise, velocity, clean)
     return last.x, autoencoder
 
