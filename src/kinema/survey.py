@@ -136,6 +136,14 @@ def _identify(request: Request, files: Mapping[str, FileFacts], catalog: Mapping
         if request.model or not twins:
             return one
         entries = [one, *twins]
+    if not entries and experts == 1 and (pairs := matching_entries(files["dit"].config, catalog)):
+        names = " or ".join(entry.name for entry in pairs)
+        raise CatalogError(
+            f"{files['dit'].path} is one expert of {names}; the other one is not given",
+            "pass --dit LOW_NOISE_FILE --dit-high HIGH_NOISE_FILE",
+            name=str(files["dit"].path),
+            missing=["dit_high"],
+        )
     if not entries:
         known = ", ".join(entry.name for entry in catalog.values())
         raise CatalogError(
@@ -155,7 +163,14 @@ def _identify(request: Request, files: Mapping[str, FileFacts], catalog: Mapping
 def _tokenizer(request: Request, paths: Mapping[str, Path], encoder: FileFacts, settings: Settings) -> Path | None:
     """The tokenizer's path, or None where the text encoder's file holds it."""
     if request.tokenizer:
-        return find_tokenizer(request.tokenizer, ())
+        named = find_tokenizer(request.tokenizer) if request.tokenizer.is_dir() else request.tokenizer
+        if named is None or named.suffix not in (".model", ".json"):
+            raise CatalogError(
+                f"--tokenizer {request.tokenizer} is no umT5 tokenizer (spiece.model, tokenizer.json or their folder)",
+                f"pass one, such as {TOKENIZER_SOURCE}",
+                name=str(request.tokenizer),
+            )
+        return named
     if encoder.has_tokenizer:
         return None
     found = paths.get("tokenizer") or find_tokenizer(encoder.path, settings.models)

@@ -15,7 +15,9 @@ from kinema.schema import Request
 
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40)
 PROSE = st.lists(
-    st.sampled_from(["cat's", "--", "--w", "--seed", '"', "'", "\\", '\\"', "a", "5\"", "-", "#", "“so”", " ", "=", "--n=x"]),
+    st.sampled_from(
+        ["cat's", "--", "--w", "--seed", '"', "'", "\\", '\\"', "a", '5"', "-", "#", "“so”", " ", "=", "--n=x"]
+    ),
     min_size=1,
     max_size=12,
 ).map(" ".join)
@@ -107,12 +109,18 @@ def test_every_field_has_its_long_name(field: str):
     ("line", "fields"),
     [
         ("the cat's paw --s 3", {"prompt": "the cat's paw", "steps": "3"}),
-        ("the cats' paws and the dog's tail --n it's grey", {"prompt": "the cats' paws and the dog's tail", "negative": "it's grey"}),
+        (
+            "the cats' paws and the dog's tail --n it's grey",
+            {"prompt": "the cats' paws and the dog's tail", "negative": "it's grey"},
+        ),
         ("'Twas night --s 3", {"prompt": "'Twas night", "steps": "3"}),
-        ("a sign reading \"sale --now\" glows --s 3", {"prompt": 'a sign reading "sale --now" glows', "steps": "3"}),
+        ('a sign reading "sale --now" glows --s 3', {"prompt": 'a sign reading "sale --now" glows', "steps": "3"}),
         ('"Hello" says the cat --s 3', {"prompt": '"Hello" says the cat', "steps": "3"}),
         ('"A cat --walks" --s 3', {"prompt": "A cat --walks", "steps": "3"}),
-        ('a 5" pipe and a 6" pipe --n "bad --x" --s 3', {"prompt": 'a 5" pipe and a 6" pipe', "negative": "bad --x", "steps": "3"}),
+        (
+            'a 5" pipe and a 6" pipe --n "bad --x" --s 3',
+            {"prompt": 'a 5" pipe and a 6" pipe', "negative": "bad --x", "steps": "3"},
+        ),
         ("a cat -- grey -- walks --s 3", {"prompt": "a cat -- grey -- walks", "steps": "3"}),
         ("a well-lit - bright - room --s=3", {"prompt": "a well-lit - bright - room", "steps": "3"}),
         (r'x --n "he said \"no\" \\ twice"', {"prompt": "x", "negative": r'he said "no" \ twice'}),

@@ -65,7 +65,11 @@ def _parse(source: str, text: str) -> dict[str, Any]:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise CatalogError(f"catalog file {source} is not TOML: {error}", name=source) from error
+        raise CatalogError(
+            f"catalog file {source} is not TOML: {error}",
+            "write models as the file kinema/catalog/models.toml does, [models.NAME]",
+            name=source,
+        ) from error
     unknown = set(table) - {"models", "negatives", "shared"}
     if unknown:
         raise CatalogError(

@@ -24,7 +24,7 @@ def inspect_file(path: Path) -> tuple[str, dict[str, Any]]:
 
     if not path.exists():
         raise CheckpointError(f"{path} does not exist", "check the path", path=str(path))
-    if path.suffix.lower() in OUTPUT_SUFFIXES:
+    if path.suffix.lower() in OUTPUT_SUFFIXES or (path.is_dir() and any(path.glob("frame_*.png"))):
         return _output(path)
     if path.suffix.lower() == ".safetensors" and (plan := latents_plan(path)) is not None:
         size = f"{plan.frames} frames, {plan.width}x{plan.height}"

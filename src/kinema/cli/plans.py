@@ -14,7 +14,8 @@ from kinema.cli.tell import duration, gigabytes
 from kinema.errors import CatalogError
 from kinema.schema import CatalogEntry, ModelRef, Plan, Settings
 
-WIDTH = 110
+WIDTH = 10_000
+"""Columns of a page: paths and prompts are never broken here, so that they can be copied; the terminal wraps."""
 
 
 def plan_text(plan: Plan) -> str:

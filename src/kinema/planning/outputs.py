@@ -31,6 +31,14 @@ def plan_output(
 ) -> OutputPlan:
     """Return kinds and paths of every output; RequestError where they would overwrite or contradict."""
     kinds = _kinds(request, frames)
+    if request.preview is not None and request.preview.suffix.lower() != ".png":
+        raise RequestError(
+            f"preview {request.preview} is a .png picture or nothing",
+            f"pass --preview {request.preview.with_suffix('.png')}",
+            field="preview",
+            got=str(request.preview),
+            allowed=".png",
+        )
     named = request.save is not None and bool(request.save.suffix)
     folder = output_folder(request)
     taken = set(facts.existing)

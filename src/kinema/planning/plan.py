@@ -182,7 +182,21 @@ def _seeds(request: Request) -> tuple[int, ...]:
                 field="seeds",
                 got=seed,
             )
+    if twice := sorted({seed for seed in request.seeds if request.seeds.count(seed) > 1}):
+        raise RequestError(
+            f"seeds name {twice[0]} twice, which would make the same video again",
+            "name each seed once",
+            field="seeds",
+            got=list(request.seeds),
+        )
     first = request.seed if request.seed is not None else secrets.randbelow(2**32)
+    if first + request.count > 2**63:
+        raise RequestError(
+            f"seed {first} and count {request.count} go beyond the last seed, {2**63 - 1}",
+            f"pass --seed {2**63 - request.count} or less",
+            field="seed",
+            got=first,
+        )
     return request.seeds or tuple(range(first, first + request.count))
 
 

@@ -286,7 +286,11 @@ def _open_one(path: Path) -> TensorFile:
             raise CheckpointError(f"{path} {what}", hint.replace("FILE", path.name), path=path)
     if file.size < 8 or (file.size == 8 and _header_length(magic)):
         raise truncated(file, max(1, 8 - file.size), exact=False)
-    raise CheckpointError(f"{path} is no checkpoint: its first bytes are those of no known format", path=path)
+    raise CheckpointError(
+        f"{path} is no checkpoint: its first bytes are those of no known format",
+        "Name a .safetensors or .pth file of a Wan model.",
+        path=path,
+    )
 
 
 def _header_length(magic: bytes) -> int:

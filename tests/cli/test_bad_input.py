@@ -1,0 +1,361 @@
+"""Bad input is refused before any weight is loaded, with what was given, what is allowed and what to type.
+
+Every case runs `kinema generate` in full, on full-size checkpoints whose numbers are a hole in the file; loading
+one raises. A case is its words, the class of the error, and what the message must hold: the value given first, then
+what is allowed or nearest.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import kinema.residents
+from checkpoints import manifest, write_sparse
+from conftest import Cli
+from tiny_world import picture, spiece_model
+
+DITS = {
+    "wan2.1_t2v_1.3B_fp16": "wan2.1_t2v_1.3B",
+    "wan2.1_t2v_14B_fp16": "wan2.1_t2v_14B",
+    "wan2.1_i2v_720p_14B_fp16": "wan2.1_i2v_14B",
+    "wan2.1_flf2v_720p_14B_fp16": "wan2.1_flf2v_14B",
+    "wan2.2_t2v_low_noise_14B_fp16": "wan2.2_t2v_a14B",
+    "wan2.2_t2v_high_noise_14B_fp16": "wan2.2_t2v_a14B",
+    "wan2.2_i2v_low_noise_14B_fp16": "wan2.2_i2v_a14B",
+    "wan2.2_i2v_high_noise_14B_fp16": "wan2.2_i2v_a14B",
+    "wan2.2_ti2v_5B_fp16": "wan2.2_ti2v_5B",
+}
+LORA = {f"diffusion_model.blocks.{i}.self_attn.q.lora_{side}.weight": (16, 5120) for i in range(2) for side in "AB"}
+
+
+@dataclass(frozen=True)
+class World:
+    """models: a models folder of full-size files; media: images, broken files, prompt files."""
+
+    models: Path
+    media: Path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    models, media = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("media")
+    for name, layout in DITS.items():
+        write_sparse(models / f"diffusion_models/{name}.safetensors", manifest(layout))
+    write_sparse(models / "vae/wan_2.1_vae.safetensors", manifest("wan2.1_vae"))
+    write_sparse(models / "vae/wan2.2_vae.safetensors", manifest("wan2.2_vae"))
+    write_sparse(models / "text_encoders/umt5_xxl_fp16.safetensors", manifest("umt5_xxl_encoder_official"))
+    write_sparse(models / "clip_vision/clip_vision_h.safetensors", manifest("clip_vision_h_transformers"), "F16")
+    (models / "text_encoders/spiece.model").write_bytes(spiece_model())
+    _fill(media, models)
+    yield World(models, media)
+    shutil.rmtree(models)
+
+
+def _fill(media: Path, models: Path) -> None:
+    cat = picture(media / "cat.png", 832, 480)
+    whole = cat.read_bytes()
+    (media / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (media / "empty.png").write_bytes(b"")
+    (media / "text.png").write_text("not a picture")
+    (media / "clip.mp4").write_bytes(b"\0\0\0\x18ftypisom" + b"\0" * 64)
+    (media / "folder.png").mkdir()
+    (media / "folder.mp4").mkdir()
+    (media / "there.mp4").write_bytes(b"a film")
+    Image.new("L", (1, 1)).save(media / "speck.png")
+    dit = models / "diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors"
+    (media / "cut.safetensors").write_bytes(dit.open("rb").read(200_000))
+    (media / "garbage.safetensors").write_bytes(b"\xff" * 64)
+    (media / "page.safetensors").write_text("<!DOCTYPE html><html>sign in</html>")
+    (media / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    (media / "notes.txt").write_text("not weights")
+    write_sparse(media / "lora.safetensors", LORA)
+    write_sparse(media / "flux.safetensors", manifest("flux1_dev"))
+    write_sparse(media / "vace.safetensors", manifest("wan2.1_vace_1.3B"))
+    short = {name: shape for name, shape in manifest("wan2.1_t2v_1.3B").items() if "blocks.7.norm3" not in name}
+    write_sparse(media / "holes.safetensors", short)
+    (media / "nothing").mkdir()
+    (media / "bare").mkdir()
+    (media / "bare/dit.safetensors").symlink_to(dit)
+    (media / "empty.txt").write_text("# only a comment\n")
+    (media / "latin.txt").write_bytes(b"un caf\xe9\n")
+    (media / "prompts.docx").write_bytes(b"PK\x03\x04")
+    (media / "bad.csv").write_text("prompt,stepz\na cat,3\n")
+
+
+T2V = "--model wan2.1-t2v-1.3b"
+T14 = "--model wan2.1-t2v-14b"
+TWO = "--model wan2.2-t2v-a14b"
+I2V = "--model wan2.2-i2v-a14b"
+CLIP = "--model wan2.1-i2v-14b-720p"
+FLF = "--model wan2.1-flf2v-14b"
+TI2V = "--model wan2.2-ti2v-5b"
+REQUEST, CATALOG, CHECKPOINT, MACHINE = "RequestError", "CatalogError", "CheckpointError", "MachineError"
+CODES = {REQUEST: 2, CATALOG: 3, CHECKPOINT: 4, MACHINE: 5}
+
+# name: (words of the command, class of the error, what message and hint must hold). M and D are folders.
+CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    # shape
+    "frames not 4n+1": (f"cat {T2V} --frames 80", REQUEST, ("80", "4n+1", "77", "81", "--frames 81")),
+    "frames even and small": (f"cat {T2V} --frames 2", REQUEST, ("2", "4n+1", "1", "--frames")),
+    "frames 0": (f"cat {T2V} --frames 0", REQUEST, ("frames 0", "below 1", "--frames 1")),
+    "frames negative": (f"cat {T2V} --frames -5", REQUEST, ("-5", "--frames 1")),
+    "frames no number": (f"cat {T2V} --frames many", REQUEST, ("'many'", "whole number")),
+    "frames a fraction": (f"cat {T2V} --frames 80.5", REQUEST, ("80.5", "whole number")),
+    "frames and seconds": (f"cat {T2V} --frames 81 --seconds 5", REQUEST, ("81", "5", "--seconds")),
+    "seconds 0": (f"cat {T2V} --seconds 0", REQUEST, ("0", "--seconds")),
+    "seconds not finite": (f"cat {T2V} --seconds inf", REQUEST, ("inf", "finite")),
+    "one frame from an image": (f"cat {I2V} --first D/cat.png --frames 1", REQUEST, ("1", "5")),
+    "size that does not divide": (f"cat {T2V} --size 830x480", REQUEST, ("830x480", "16", "--size 832x480")),
+    "size of another stride": (f"cat {TI2V} --size 1280x720", REQUEST, ("1280x720", "32", "1280x704")),
+    "size of one number": (f"cat {T2V} --size 832", REQUEST, ("'832'", "WIDTHxHEIGHT", "832x480")),
+    "size unknown name": (f"cat {T2V} --size 1080p", REQUEST, ("'1080p'", "480p", "720p")),
+    "size 0": (f"cat {T2V} --size 0x480", REQUEST, ("'0x480'", "WIDTHxHEIGHT")),
+    "fps 0": (f"cat {T2V} --fps 0", REQUEST, ("0", "above 0")),
+    "fps too high": (f"cat {T2V} --fps 1000", REQUEST, ("1000", "240")),
+    # what the model takes
+    "image for a text model": (f"cat {T2V} --first D/cat.png", REQUEST, ("cat.png", "text only", "wan2.2-i2v-a14b")),
+    "no image for an image model": (f"cat {I2V}", REQUEST, ("needs an image", "--first IMAGE")),
+    "no image for a CLIP model": (f"cat {CLIP}", REQUEST, ("needs an image", "--first IMAGE")),
+    "no last image": (f"cat {FLF} --first D/cat.png", REQUEST, ("last frame", "--last IMAGE")),
+    "last without first": (f"cat {I2V} --last D/cat.png", REQUEST, ("--first",)),
+    "last for a first-image model": (f"cat {CLIP} --first D/cat.png --last D/cat.png", REQUEST, ("cat.png", "--first")),
+    "last for TI2V": (f"cat {TI2V} --first D/cat.png --last D/cat.png", REQUEST, ("cat.png", "--first")),
+    "control": (f"cat {T2V} --control D/clip.mp4", REQUEST, ("clip.mp4", "takes no control", "text only")),
+    "audio": (f"cat {I2V} --first D/cat.png --audio D/a.wav", REQUEST, ("a.wav", "takes no audio", "--first")),
+    "reference": (f"cat {T2V} --reference D/cat.png", REQUEST, ("cat.png", "takes no reference")),
+    "mask": (f"cat {T2V} --mask D/cat.png", REQUEST, ("cat.png", "takes no mask")),
+    "pose": (f"cat {T2V} --pose D/clip.mp4", REQUEST, ("clip.mp4", "takes no pose")),
+    "face": (f"cat {T2V} --face D/clip.mp4", REQUEST, ("clip.mp4", "takes no face")),
+    "background": (f"cat {T2V} --background D/clip.mp4", REQUEST, ("clip.mp4", "takes no background")),
+    "camera": (f"cat {T2V} --camera pan-left", REQUEST, ("pan-left", "takes no camera")),
+    "video": (f"cat {T2V} --video D/clip.mp4", REQUEST, ("clip.mp4", "takes no video")),
+    "one-frame inference": (f"cat {T2V} --one-frame target_index=1", REQUEST, ("target_index=1", "takes no one frame")),
+    "guidance-high on one expert": (f"cat {T2V} --guidance-high 4", REQUEST, ("4", "one expert", "wan2.2-t2v-a14b")),
+    "dit-high on one expert": (
+        f"cat {T2V} --dit-high M/diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors",
+        REQUEST,
+        ("wan2.2_t2v_high_noise", "one expert", "two-expert"),
+    ),
+    "boundary on one expert": (f"cat {T2V} --boundary 0.9", REQUEST, ("0.9", "one expert", "two-expert")),
+    # input media
+    "image that is not there": (f"cat {I2V} --first D/dog.png", REQUEST, ("dog.png", "no such file", "cat.png")),
+    "image cut short": (f"cat {I2V} --first D/cut.png", REQUEST, ("cut.png",)),
+    "image empty": (f"cat {I2V} --first D/empty.png", REQUEST, ("empty.png",)),
+    "text named as an image": (f"cat {I2V} --first D/text.png", REQUEST, ("text.png",)),
+    "video as an image": (f"cat {I2V} --first D/clip.mp4", REQUEST, ("clip.mp4",)),
+    "folder as an image": (f"cat {I2V} --first D/folder.png", REQUEST, ("folder.png",)),
+    "last image corrupt": (f"cat {FLF} --first D/cat.png --last D/cut.png", REQUEST, ("cut.png",)),
+    # sampling
+    "steps 0": (f"cat {T2V} --steps 0", REQUEST, ("0", "--steps 1")),
+    "steps too many": (f"cat {T2V} --steps 5000", REQUEST, ("5000", "1000")),
+    "steps no number": (f"cat {T2V} --steps twenty", REQUEST, ("'twenty'", "whole number")),
+    "solver unknown": (f"cat {T2V} --solver unipcc", REQUEST, ("'unipcc'", "unipc, dpmpp, euler", "--solver unipc")),
+    "solver of another program": (f"cat {T2V} --solver ddim", REQUEST, ("'ddim'", "unipc, dpmpp, euler")),
+    "shift 0": (f"cat {T2V} --shift 0", REQUEST, ("0", "above 0")),
+    "shift not a number": (f"cat {T2V} --shift nan", REQUEST, ("nan", "finite")),
+    "guidance negative": (f"cat {T2V} --guidance -1", REQUEST, ("-1", "--guidance 0")),
+    "boundary above 1": (f"cat {TWO} --boundary 875", REQUEST, ("875", "--boundary 1")),
+    "seed negative": (f"cat {T2V} --seed -1", REQUEST, ("-1", "--seed 0")),
+    "seed too large": (
+        f"cat {T2V} --seed 9223372036854775808",
+        REQUEST,
+        ("9223372036854775808", "9223372036854775807"),
+    ),
+    "seed no number": (f"cat {T2V} --seed random", REQUEST, ("'random'", "whole number")),
+    "seeds with a word": (f"cat {T2V} --seeds 1,two", REQUEST, ("'two'", "whole number")),
+    "seeds negative": (f"cat {T2V} --seeds 1,-2", REQUEST, ("-2", "0")),
+    "seeds twice the same": (f"cat {T2V} --seeds 4,4", REQUEST, ("4", "twice")),
+    "seeds and count": (f"cat {T2V} --seeds 1,2 --count 3", REQUEST, ("1,2", "--count")),
+    "seeds and seed": (f"cat {T2V} --seeds 1,2 --seed 3", REQUEST, ("1,2", "--seed")),
+    "seeds beyond the last": (f"cat {T2V} --seed 9223372036854775807 --count 2", REQUEST, ("9223372036854775807", "2")),
+    "count 0": (f"cat {T2V} --count 0", REQUEST, ("0", "--count 1")),
+    "precision unknown": (f"cat {T2V} --precision fp8", REQUEST, ("'fp8'", "fast, reference")),
+    "device unknown": (f"cat {T2V} --device gpu", REQUEST, ("gpu", "cuda", "cpu")),
+    "device that is not there": (f"cat {T2V} --device cuda:31", MACHINE, ("cuda:31",)),
+    "tile that does not divide": (f"cat {T2V} --tile 250", REQUEST, ("250", "16", "256")),
+    "tile too small": (f"cat {T2V} --tile 16", REQUEST, ("16", "--tile 64")),
+    "chunk 0": (f"cat {T2V} --chunk 0", REQUEST, ("0", "--chunk 1")),
+    "two faults at once": (f"cat {T2V} --steps 0 --fps 0", REQUEST, ("steps 0", "fps 0", "--steps 1")),
+    # prompts
+    "no prompt": (T2V, REQUEST, ("no prompt", "kinema generate")),
+    "empty prompt": (f"'' {T2V}", REQUEST, ("no prompt", "kinema generate")),
+    "blank prompt": (f"'  ' {T2V}", REQUEST, ("no prompt", "kinema generate")),
+    # models and files
+    "no model": ("cat", REQUEST, ("no model", "--model NAME", "--dit")),
+    "model unknown": ("cat --model wan2.1-t2v-1.3", CATALOG, ("'wan2.1-t2v-1.3'", "wan2.1-t2v-1.3b")),
+    "model of a family that is not there": ("cat --model hunyuan", CATALOG, ("'hunyuan'", "wan2.1-t2v-14b")),
+    "model empty": ("cat --model ''", REQUEST, ("model is empty", "--model")),
+    "folder that is not there": ("cat --model D/nowhere", CATALOG, ("nowhere", "no such folder", "cat.png")),
+    "folder without models": ("cat --model D/nothing", CATALOG, ("--dit",)),
+    "folder with a DiT alone": (f"cat {T2V} --model D/bare", REQUEST, ("--model", "multiple")),
+    "folder that lacks its VAE": ("cat --model D/bare", CATALOG, ("vae", "--vae FILE")),
+    "file that is not there": (f"cat {T2V} --vae D/vae.safetensors", CATALOG, ("vae.safetensors", "no such file")),
+    "model not installed": ("cat --model wan2.1-i2v-14b-480p --first D/cat.png", CATALOG, ("480p", "dit", "--dit")),
+    "expert missing": (
+        "cat --dit M/diffusion_models/wan2.2_i2v_low_noise_14B_fp16.safetensors --first D/cat.png "
+        "--vae M/vae/wan_2.1_vae.safetensors --text-encoder M/text_encoders/umt5_xxl_fp16.safetensors",
+        CATALOG,
+        ("wan2.2_i2v_low_noise", "wan2.2-i2v-a14b", "the other one", "--dit-high HIGH_NOISE_FILE"),
+    ),
+    "role that the file does not tell": (
+        "cat --dit M/diffusion_models/wan2.1_t2v_14B_fp16.safetensors "
+        "--vae M/vae/wan_2.1_vae.safetensors --text-encoder M/text_encoders/umt5_xxl_fp16.safetensors",
+        REQUEST,
+        ("wan2.1_t2v_14B_fp16", "--model wan2.1-t2v-14b", "wan2.2-t2v-a14b"),
+    ),
+    "experts exchanged": (
+        f"cat {TWO} --dit M/diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors "
+        "--dit-high M/diffusion_models/wan2.2_t2v_low_noise_14B_fp16.safetensors",
+        REQUEST,
+        ("high_noise", "swap", "--dit-high"),
+    ),
+    "one file for both experts": (
+        f"cat {TWO} --dit-high M/diffusion_models/wan2.2_t2v_low_noise_14B_fp16.safetensors",
+        REQUEST,
+        ("wan2.2_t2v_low_noise", "same file", "--dit-high"),
+    ),
+    "expert of another model": (
+        f"cat {TWO} --dit M/diffusion_models/wan2.2_i2v_low_noise_14B_fp16.safetensors",
+        CHECKPOINT,
+        ("wan2.2_i2v_low_noise", "in_channels is 36", "16", "wan2.2-t2v-a14b"),
+    ),
+    "DiT of another size": (
+        f"cat {T14} --dit M/diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors",
+        CHECKPOINT,
+        ("wan2.1_t2v_1.3B_fp16", "1536", "5120", "--model"),
+    ),
+    "VAE as DiT": (f"cat {T2V} --dit M/vae/wan_2.1_vae.safetensors", REQUEST, ("wan_2.1_vae", "--vae", "--dit")),
+    "DiT as VAE": (
+        f"cat {T2V} --vae M/diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors",
+        REQUEST,
+        ("wan2.1_t2v_1.3B", "--dit", "--vae"),
+    ),
+    "CLIP as text encoder": (
+        f"cat {T2V} --text-encoder M/clip_vision/clip_vision_h.safetensors",
+        REQUEST,
+        ("clip_vision_h", "--clip-vision", "--text-encoder"),
+    ),
+    "VAE of the other generation": (
+        f"cat {T2V} --vae M/vae/wan2.2_vae.safetensors",
+        CHECKPOINT,
+        ("wan2.2_vae", "48", "16", "--vae"),
+    ),
+    "old VAE for TI2V": (f"cat {TI2V} --vae M/vae/wan_2.1_vae.safetensors", CHECKPOINT, ("wan_2.1_vae", "16", "48")),
+    "DiT cut short": (f"cat {T2V} --dit D/cut.safetensors", CHECKPOINT, ("cut.safetensors",)),
+    "DiT of garbage": (f"cat {T2V} --dit D/garbage.safetensors", CHECKPOINT, ("garbage.safetensors",)),
+    "DiT is a web page": (f"cat {T2V} --dit D/page.safetensors", CHECKPOINT, ("page.safetensors",)),
+    "DiT is a pointer": (f"cat {T2V} --dit D/pointer.safetensors", CHECKPOINT, ("pointer.safetensors",)),
+    "DiT is a text": (f"cat {T2V} --dit D/notes.txt", CHECKPOINT, ("notes.txt",)),
+    "DiT with missing tensors": (
+        f"cat {T2V} --dit D/holes.safetensors",
+        CHECKPOINT,
+        ("holes.safetensors", "blocks.7.norm3"),
+    ),
+    "LoRA as a model": (f"cat {T2V} --dit D/lora.safetensors", CHECKPOINT, ("lora.safetensors", "LoRA")),
+    "FLUX as a model": (f"cat {T2V} --dit D/flux.safetensors", CHECKPOINT, ("flux.safetensors", "FLUX")),
+    "a variant that is not read": (f"cat {T2V} --dit D/vace.safetensors", CHECKPOINT, ("vace.safetensors", "VACE")),
+    "folder instead of a file": (f"cat {T2V} --vae D/nothing", CHECKPOINT, ("nothing", ".safetensors")),
+    "tokenizer that is none": (f"cat {T2V} --tokenizer D/notes.txt", CATALOG, ("notes.txt", "spiece.model")),
+    "tokenizer that is not there": (f"cat {T2V} --tokenizer D/spiece", CATALOG, ("spiece", "no such file")),
+    # outputs
+    "output kind unknown": (f"cat {T2V} --output avi", REQUEST, ("'avi'", "mp4, webm, gif, webp, png, latents")),
+    "output kind near": (f"cat {T2V} --output mp5", REQUEST, ("'mp5'", "--output mp4")),
+    "output kind twice": (f"cat {T2V} --output mp4,mp4", REQUEST, ("mp4,mp4", "once")),
+    "save of an unknown kind": (f"cat {T2V} -o film.avi", REQUEST, ("film.avi", ".mp4", "film.mp4")),
+    "save and output disagree": (f"cat {T2V} -o film.mp4 --output gif", REQUEST, ("film.mp4", "gif", "--output mp4")),
+    "save over a file": (f"cat {T2V} -o D/there.mp4", REQUEST, ("there.mp4", "exists", "--overwrite")),
+    "save under a file": (f"cat {T2V} -o D/there.mp4/film.mp4", REQUEST, ("there.mp4", "not a folder", "--save")),
+    "save onto a folder": (f"cat {T2V} -o D/folder.mp4", REQUEST, ("folder.mp4", "exists")),
+    "quality too high": (f"cat {T2V} --quality 101", REQUEST, ("101", "--quality 100")),
+    "quality negative": (f"cat {T2V} --quality -1", REQUEST, ("-1", "--quality 0")),
+    "preview no picture": (f"cat {T2V} --preview live.mp4", REQUEST, ("live.mp4", ".png")),
+    "overwrite takes no word": (f"cat {T2V} --overwrite=maybe", REQUEST, ("maybe",)),
+    # prompt files
+    "prompt file that is not there": (
+        f"--from-file D/prompt.txt {T2V}",
+        REQUEST,
+        ("prompt.txt", "does not exist", "did you mean"),
+    ),
+    "prompt file of another kind": (f"--from-file D/prompts.docx {T2V}", REQUEST, (".docx", ".txt", ".csv")),
+    "prompt file without lines": (f"--from-file D/empty.txt {T2V}", REQUEST, ("empty.txt", "no requests")),
+    "prompt file not UTF-8": (f"--from-file D/latin.txt {T2V}", REQUEST, ("latin.txt", "UTF-8", "0xe9")),
+    "CSV with an unknown column": (f"--from-file D/bad.csv {T2V}", REQUEST, ("'stepz'", "'steps'")),
+    "folder without images": (f"--from-file D/nothing {T2V}", REQUEST, ("nothing", "no images")),
+    "one file for a batch": (f"--from-file D/empty.txt {T2V} -o one.mp4", REQUEST, ("one.mp4", "--save one")),
+    # settings
+    "configuration that is not there": (f"cat {T2V} --config D/none.toml", REQUEST, ("none.toml", "--config")),
+    "configuration that is a folder": (f"cat {T2V} --config D/nothing", REQUEST, ("nothing", "folder")),
+    "models folder that is not there": (f"cat {T2V} --models-dir D/none", REQUEST, ("none", "--model")),
+    "catalog that is not there": (f"cat {T2V} --catalog D/none.toml", REQUEST, ("none.toml",)),
+    "catalog that is none": (f"cat {T2V} --catalog D/notes.txt", CATALOG, ("notes.txt", "TOML")),
+    "unknown flag": (f"cat {T2V} --negativ blurry", REQUEST, ("--negativ", "--negative")),
+    "unknown value": (f"cat {T2V} --seed", REQUEST, ("--seed", "argument")),
+}
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 60
+
+
+@pytest.fixture
+def installed(cli: Cli, world: World, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    def loaded(ref: object) -> None:
+        raise AssertionError(f"a weight was loaded: {ref}")
+
+    monkeypatch.setattr(kinema.residents, "load", loaded)
+    monkeypatch.setenv("KINEMA_MODELS", str(world.models))
+    monkeypatch.setenv("KINEMA_DEVICE", "cpu")
+    return cli
+
+
+def words_of(line: str, world: World) -> list[str]:
+    places = {"M/": f"{world.models}/", "D/": f"{world.media}/"}
+    return [
+        next((place + word[2:] for key, place in places.items() if word.startswith(key)), word)
+        for word in shlex.split(line)
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(installed: Cli, world: World, case: str):
+    line, kind, words = CASES[case]
+    ran = installed("generate", *words_of(line, world), "--json")
+    assert (ran.error["error"], ran.code) == (kind, CODES[kind]), ran.error
+    told = f"{ran.error['message']}\n{ran.error['hint']}"
+    assert [word for word in words if word not in told] == [], told
+    assert ran.error["hint"], "every error says what to type"
+    assert list(Path().iterdir()) == [], "nothing is written"
+
+
+@pytest.mark.parametrize("line", [f"cat {T2V}", f"cat {T2V} --size 832x480 --frames 81 --output mp4,latents"])
+def test_the_same_without_the_fault_is_planned(installed: Cli, world: World, line: str):
+    ran = installed("plan", *words_of(line, world))
+    assert ran.code == 0, ran.err
+
+
+def test_the_trap_catches_a_load(installed: Cli, world: World):
+    with pytest.raises(AssertionError, match="a weight was loaded"):
+        installed("generate", *words_of(f"cat {T2V}", world))
+
+
+def test_a_full_disk(installed: Cli, world: World, monkeypatch: pytest.MonkeyPatch):
+    usage = type(shutil.disk_usage("."))(10**12, 10**12 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    ran = installed("generate", *words_of(f"cat {T2V}", world), "--json")
+    assert ran.error["error"] == MACHINE and "outputs" in ran.error["message"] and "--save" in ran.error["hint"]
+
+
+def test_a_folder_that_cannot_be_written(installed: Cli, world: World, monkeypatch: pytest.MonkeyPatch):
+    # Permissions do not bind root, so the answer of the system is put in its place.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    ran = installed("generate", *words_of(f"cat {T2V}", world), "--json")
+    assert (
+        ran.error["error"] == REQUEST and "cannot be written" in ran.error["message"] and "--save" in ran.error["hint"]
+    )
