@@ -27,7 +27,7 @@ from kinema.media.video import write
 from kinema.models.encoders import UMT5, ClipVision, Tokenizer, encode_prompts
 from kinema.models.wan import WanDiT
 from kinema.models.wan_vae import WanVAE
-from kinema.planning import make_plan, output_folder, plan_output
+from kinema.planning import make_plan, output_folder, plan_output, sidecars
 from kinema.planning.cost import work
 from kinema.residents import BackgroundHashes, Residents
 from kinema.runtime.finite import first_nonfinite
@@ -285,8 +285,7 @@ class Engine:
                 for writer in writers:
                     writer.add(frames_THWC)
                 yield meter.tick(len(frames_THWC))
-        if not plan.output.strip:
-            beside = next(iter(paths.values())).with_suffix(".json")
+        for beside in sidecars(tuple(paths.values()), plan.output.strip):
             write_whole(beside, plan.model_dump_json(exclude_none=True, indent=2).encode())
 
     # --- small things --------------------------------------------------------------------------------

@@ -145,6 +145,9 @@ def test_generated_names_never_overwrite() -> None:
     assert made.output.paths[0][0].name == "a-cat-walks-on-grass-7-3.mp4"
     with pytest.raises(RequestError, match="exists already"):
         plan("wan2.1-t2v-1.3b", save=Path("x/cat.mp4"), facts={"existing": frozenset({"cat.mp4"})})
+    with pytest.raises(RequestError, match=r"cat\.json exists already"):
+        plan("wan2.1-t2v-1.3b", save=Path("x/cat.mp4"), facts={"existing": frozenset({"cat.json"})})
+    assert plan("wan2.1-t2v-1.3b", save=Path("x/cat.mp4"), strip=True, facts={"existing": frozenset({"cat.json"})})
     assert plan("wan2.1-t2v-1.3b", save=Path("x/cat.mp4"), overwrite=True, facts={"existing": frozenset({"cat.mp4"})})
 
 

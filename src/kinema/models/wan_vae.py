@@ -66,7 +66,6 @@ class WanVAEConfig:
 
     dec_dim                   the decoder's own base width; None: dim.
     latent_mean, latent_std   per latent channel, of the un-normalised mean; None: the official ones of this version.
-    preview_rgb               factors of `kinema.media.preview` measured for this autoencoder; None: the official ones.
     """
 
     version: Literal["2.1", "2.2"] = "2.1"
@@ -78,7 +77,6 @@ class WanVAEConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     latent_mean: tuple[float, ...] | None = None
     latent_std: tuple[float, ...] | None = None
-    preview_rgb: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         mean, std = LATENT_STATISTICS[self.version]

@@ -46,9 +46,9 @@ def plan_output(
     for seed in seeds:
         stem = _stem(request, prompt, seed, several=len(seeds) > 1)
         if not named:
-            stem = _free_stem(stem, kinds, frames, taken)
+            stem = _free_stem(stem, kinds, frames, request.strip, taken)
         files = tuple(folder / _name(stem, kind, frames) for kind in kinds)
-        for file in files:
+        for file in (*files, *sidecars(files, request.strip)):
             if named and file.name in taken and not request.overwrite:
                 raise RequestError(
                     f"{file} exists already",
@@ -110,9 +110,19 @@ def _name(stem: str, kind: OutputKind, frames: int) -> str:
     return f"{stem}.{kind}"
 
 
-def _free_stem(stem: str, kinds: Sequence[OutputKind], frames: int, taken: set[str]) -> str:
+def sidecars(files: Sequence[Path], strip: bool) -> list[Path]:
+    """Return the file the plan is written to beside these outputs; none for latents alone, which carry it."""
+    made = [file for file in files if not file.name.endswith(".latents.safetensors")]
+    return [] if strip or not made else [made[0].with_suffix(".json")]
+
+
+def _free_stem(stem: str, kinds: Sequence[OutputKind], frames: int, strip: bool, taken: set[str]) -> str:
+    def names(stem: str) -> set[str]:
+        files = [Path(_name(stem, kind, frames)) for kind in kinds]
+        return {file.name for file in (*files, *sidecars(files, strip))}
+
     number, candidate = 1, stem
-    while any(_name(candidate, kind, frames) in taken for kind in kinds):
+    while names(candidate) & taken:
         number += 1
         candidate = f"{stem}-{number}"
     return candidate
