@@ -21,15 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.errors import CheckpointError, NumericsError, RequestError
+from kinema.models.layers import LayerNorm, Linear
 from kinema.models.tokenizer import Tokenizer
-
-
-class Linear(nn.Linear):
-    """A linear layer that casts its input to the dtype of its weight. Returns that dtype."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
-
 
 # --- umT5 ------------------------------------------------------------------------------------------
 
@@ -239,13 +232,6 @@ class ClipVisionConfig:
     num_layers: int
     mlp_ratio: int = 4
     eps: float = 1e-5
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm in float32, whatever the dtype of its weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
 class ClipAttention(nn.Module):

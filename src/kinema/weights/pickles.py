@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from kinema.errors import CheckpointError
-from kinema.weights.files import MappedFile, StoredTensor, refuse, span_of, truncated
+from kinema.weights.mapped import MappedFile, StoredTensor, refuse, span_of, truncated
 
 MAX_PICKLE_BYTES = 100_000_000
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
