@@ -60,7 +60,7 @@ class CausalConv3d(nn.Conv3d):
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3) -> None:
         super().__init__(in_channels, out_channels, (3, kernel, kernel), padding=(0, kernel // 2, kernel // 2))
 
-    def forward(self, x: Tensor, history: History) -> Tensor:
+    def forward(self, x: Tensor, history: History) -> Tensor:  # type: ignore[override]
         past = history.exchange(self, x, frames=2)
         if past is None:
             # The first frame: two of the three temporal taps would meet zeros only.
