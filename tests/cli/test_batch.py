@@ -151,7 +151,7 @@ def test_a_batch_goes_on_from_its_manifest(tiny: Cli, tmp_path: Path):
     assert len(fresh.paths) == 3 and not set(fresh.paths) & {cat, dog, fox}, "nothing is overwritten"
 
 
-def test_a_changed_input_makes_a_line_new(tiny: Cli, tmp_path: Path):
+def test_a_changed_input_has_its_line_done_again(tiny: Cli, tmp_path: Path):
     image = picture(tmp_path / "first.png", 32, 32, seed=1)
     path = write(tmp_path / "p.txt", f"a cat --i {image} --d 1\n")
     flags = ("--model", "tiny-ti2v", "--device", "cpu", "--steps", "1")
