@@ -21,6 +21,7 @@ from kinema.errors import (
     OutputError,
     RequestError,
 )
+from kinema.request import make_request
 from kinema.schema import ModelRef, Plan, Request, Result, Settings
 from kinema.version import VERSION as __version__
 
@@ -58,19 +59,26 @@ def __getattr__(name: str) -> Any:
 
 
 def plan(*, settings: Settings | None = None, **fields: Any) -> Plan:
-    """Return the plan of a request given by its fields; no weight is loaded."""
-    from kinema.engine import Engine
+    """Return the plan of a request given by its fields; no weight is loaded.
 
-    with Engine(settings) as engine:
-        return engine.plan(Request(**fields))
+    settings  where models lie; None: ./models and the user's data folder, as on the command line without settings.
+    Raises RequestError, CatalogError, CheckpointError or MachineError for what cannot be done.
+    """
+    with _engine(settings) as engine:
+        return engine.plan(make_request(fields))
 
 
 def generate_all(*, settings: Settings | None = None, **fields: Any) -> list[Result]:
-    """Run a request given by its fields and return one Result a seed."""
-    from kinema.engine import Engine
+    """Run a request given by its fields and return one Result a seed. Arguments and errors as of `plan`."""
+    with _engine(settings) as engine:
+        return [event for event in engine.run(engine.plan(make_request(fields))) if isinstance(event, Result)]
 
-    with Engine(settings) as engine:
-        return [event for event in engine.run(engine.plan(Request(**fields))) if isinstance(event, Result)]
+
+def _engine(settings: Settings | None) -> Engine:
+    from kinema.engine import Engine
+    from kinema.settings import default_settings
+
+    return Engine(settings or default_settings())
 
 
 def generate(*, settings: Settings | None = None, **fields: Any) -> Result:

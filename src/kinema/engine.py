@@ -149,7 +149,7 @@ class Engine:
         """
         yield from plan.notes
         stages = Stages(plan.device)
-        self._hashes.begin(_weight_files(plan))
+        self._hashes.begin(plan.files)
         conditions = yield from self._encode(plan, stages, cancelled)
         for index, seed in enumerate(plan.seeds):
             latents_CFhw = yield from self._sample(plan, seed, conditions, stages, cancelled)
@@ -160,7 +160,7 @@ class Engine:
         """Make the video of a latents file, beside it or where the output fields of `request` say."""
         latents_CFhw, plan = ops.read_latents(path)
         plan = plan.model_copy(update={"output": self._output_of(path, plan, request or Request())})
-        self._hashes.begin(_weight_files(plan))
+        self._hashes.begin(plan.files)
         yield from self._finish(plan, plan.seeds[0], latents_CFhw, Stages(plan.device), cancelled, kept=path)
 
     # --- stages --------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ class Engine:
         kept: Path | None = None,
     ) -> Iterator[Event]:
         """Decode and write the outputs of one seed; its latents are on disk before, and stay there on failure."""
-        hashes = self._hashes.collect(_weight_files(plan))
+        hashes = self._hashes.collect(plan.files)
         plan = plan.model_copy(update={"hashes": hashes, "versions": versions()})
         paths = dict(zip(plan.output.kinds, plan.output.paths[0], strict=True))
         asked = paths.pop("latents", None)
@@ -320,11 +320,6 @@ def load_tokenizer(ref: ModelRef) -> Tokenizer:
 def versions() -> dict[str, str]:
     """Return the versions of what makes a video."""
     return {"kinema": VERSION, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _weight_files(plan: Plan) -> tuple[Path, ...]:
-    refs = (*plan.experts.values(), plan.vae, plan.text_encoder, plan.clip_vision)
-    return tuple(dict.fromkeys(file for ref in refs if ref for file in ref.files))
 
 
 def _stop_if(cancelled: Stop) -> None:

@@ -64,7 +64,7 @@ class Residents:
 
 
 class BackgroundHashes:
-    """sha256 of weight files, computed beside the work and remembered by path, size and time."""
+    """sha256 of the files of a plan, computed beside the work and remembered by path, size and time."""
 
     def __init__(self, cache: Path | None) -> None:
         self._cache = HashCache(cache / "hashes.json" if cache else None)

@@ -316,7 +316,7 @@ class Plan(Frozen):
     """Every decision of a run, no tensors. `kinema plan` prints it; the output file carries it; replay runs it.
 
     latent            (channels, latent frames, rows, columns).
-    hashes, versions  sha256 of every weight file by path, and of what ran them; filled in when the run ends.
+    hashes, versions  sha256 of every one of `files` by path, and what ran them; filled in when the run ends.
     """
 
     version: Literal[1] = 1
@@ -360,6 +360,14 @@ class Plan(Frozen):
     def sigmas(self) -> tuple[float, ...]:
         """Sigma at each step, then the final 0."""
         return (*(step.sigma for step in self.steps), 0.0)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file the result depends on: weights, tokenizer and input images."""
+        refs = [ref for ref in (*self.experts.values(), self.vae, self.text_encoder, self.clip_vision) if ref]
+        weights = [file for ref in refs for file in ref.files]
+        others = [self.text_encoder.tokenizer, *(image.path for image in self.images)]
+        return tuple(dict.fromkeys([*weights, *(file for file in others if file)]))
 
 
 # --- what happens --------------------------------------------------------------------------------

@@ -57,6 +57,13 @@ def survey(request: Request, settings: Settings) -> tuple[CatalogEntry, Facts]:
         )
     check_media(request, entry)
     folder = output_folder(request)
+    if request.save and request.save.suffix and request.save.is_dir():
+        raise RequestError(
+            f"save {request.save} is a folder, and looks like a file name",
+            f"pass --save {request.save / 'video.mp4'}",
+            field="save",
+            got=str(request.save),
+        )
     facts = Facts(
         files=files,
         tokenizer=_tokenizer(request, paths, files["text_encoder"], settings),

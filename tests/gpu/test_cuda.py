@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_weights import assert_golden, golden
-from parity.test_e2e import NAMES, TOLERANCE, run
 from safetensors.torch import load_file
-from tiny_world import TinyWorld
 
+from golden_weights import assert_golden, golden
 from kinema.engine import Engine
 from kinema.runtime.attention import available
 from kinema.schema import Request, Result
+from parity.test_e2e import NAMES, TOLERANCE, run
+from tiny_world import TinyWorld
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from golden_weights import assert_golden, fill, golden, input_tensor
 from torch import Tensor
 
+from golden_weights import assert_golden, fill, golden, input_tensor
 from kinema import ops
 from kinema.models.wan import WanConfig, WanDiT
 from kinema.models.wan_vae import WanVAE, WanVAEConfig

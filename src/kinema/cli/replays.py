@@ -1,4 +1,4 @@
-"""From an output back to a plan that can run: the same weights, by hash, and names that overwrite nothing."""
+"""From an output back to a plan that can run: the same files, by hash, and names that overwrite nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kinema.schema import Note, OutputPlan, Plan
 def replay_plan(path: Path, cache: Path | None, *, allow_changed: bool = False) -> Plan:
     """Return the plan `path` carries, checked against the files of this machine, writing beside it.
 
-    allow_changed   weight files of other content become a Note instead of an error.
+    allow_changed   files of other content become a Note instead of an error.
 
-    Raises CheckpointError for a file without a plan, and for weight files that are missing or changed.
+    Raises CheckpointError for a file without a plan, and for files that are missing or changed.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist", "check the path", path=str(path))
@@ -33,27 +33,24 @@ def replay_plan(path: Path, cache: Path | None, *, allow_changed: bool = False) 
             path=str(path),
             key=changed,
         )
-    notes = tuple(Note(about="weights", text=text) for text in changed)
+    notes = tuple(Note(about="files", text=text) for text in changed)
     return plan.model_copy(update={"output": _beside(plan, path), "notes": (*plan.notes, *notes)})
 
 
 def _changed(plan: Plan, cache: Path | None) -> list[str]:
-    """Return one sentence for each weight file that is not the one the plan was run with."""
+    """Return one sentence for each file, weights or image, that is not the one the plan was run with."""
     from kinema.weights.hashes import HashCache
 
-    refs = (*plan.experts.values(), plan.vae, plan.text_encoder, plan.clip_vision)
-    files = dict.fromkeys(file for ref in refs if ref for file in ref.files)
-    absent = [file for file in files if not file.is_file()]
+    absent = [file for file in plan.files if not file.is_file()]
     if absent:
         raise CheckpointError(
-            f"weight file {absent[0]} is not there"
-            + (f", nor are {len(absent) - 1} others" if len(absent) > 1 else ""),
+            f"{absent[0]} is not there" + (f", nor are {len(absent) - 1} others" if len(absent) > 1 else ""),
             "put the files of the plan back; kinema inspect shows the plan",
             path=str(absent[0]),
         )
     hashes = HashCache(cache / "hashes.json" if cache else None)
     sentences = []
-    for file in files:
+    for file in plan.files:
         expected = plan.hashes.get(str(file))
         if expected is None:
             sentences.append(f"{file} has no hash in the plan, so nothing says it is the same")
