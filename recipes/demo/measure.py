@@ -61,14 +61,14 @@ def _measure(colour: str, mask_THW: NDArray[np.bool_], area: NDArray[np.int64]) 
 
 
 def _motion(x: NDArray[np.float64], y: NDArray[np.float64], area: NDArray[np.int64]) -> str:
-    first, last = slice(0, 2), slice(-2, None)
-    if area[last].mean() > GREW * max(area[first].mean(), 1):
+    visible = area > 0  # in more than half of the frames, or it would be no thing
+    x, y, area = x[visible], y[visible], area[visible]
+    if area[-2:].mean() > GREW * area[:2].mean():
         return "grow"
-    dx = np.nanmean(x[last]) - np.nanmean(x[first])
-    dy = np.nanmean(y[last]) - np.nanmean(y[first])
+    dx, dy = x[-2:].mean() - x[:2].mean(), y[-2:].mean() - y[:2].mean()
     if math.hypot(dx, dy) >= MOVED:
         return max(data.DIRECTIONS, key=lambda name: _cosine(data.DIRECTIONS[name], (dx, dy)))
-    return "bounce" if np.nanmax(y) - np.nanmin(y) >= HOPPED else "still"
+    return "bounce" if y.max() - y.min() >= HOPPED else "still"
 
 
 def _cosine(a: tuple[int, int], b: tuple[float, float]) -> float:
