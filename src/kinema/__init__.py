@@ -1,8 +1,8 @@
 """Kinema: one engine for the open Wan 2.1 and 2.2 video models.
 
-    kinema.generate(prompt="a large red circle moves left", model="demo")   the first Result
-    kinema.plan(prompt=..., model=...)                                      the Plan, nothing loaded
-    with kinema.Engine() as engine: ...                                     models stay loaded
+    kinema.generate(prompt="a large red circle moves left on a navy background", model="demo")
+    kinema.plan(prompt=..., model=...)       the Plan, nothing loaded
+    with kinema.Engine() as engine: ...      models stay loaded
 
 The fields of `Request` are the keyword arguments. Importing this loads no torch.
 """

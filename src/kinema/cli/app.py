@@ -25,7 +25,7 @@ from kinema.schema import Request
 from kinema.settings import configure
 from kinema.version import VERSION
 
-DEMO_PROMPT = "a small red circle moves left on a blue background"
+DEMO_PROMPT = "a large yellow star moves right on a dark green background"
 DEMO_SEED = 1
 
 Verb = Callable[..., int]
