@@ -148,7 +148,7 @@ def train(steps: int, rate: float, minutes: float, device: str) -> None:
     if state is not None:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
-        for optimiser, saved in zip(both, state["optimisers"], strict=True):
+        for optimiser, saved in zip(both, state["optimisers"], strict=False):  # none after unpack.py
             optimiser.load_state_dict(saved)
         step = state["step"]
     bank, log, generator = Bank(tokenizer), loop.Log(RUNS / "dit.jsonl"), torch.Generator().manual_seed(step)
