@@ -272,7 +272,7 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "save and output disagree": (f"cat {T2V} -o film.mp4 --output gif", REQUEST, ("film.mp4", "gif", "--output mp4")),
     "save over a file": (f"cat {T2V} -o D/there.mp4", REQUEST, ("there.mp4", "exists", "--overwrite")),
     "save under a file": (f"cat {T2V} -o D/there.mp4/film.mp4", REQUEST, ("there.mp4", "not a folder", "--save")),
-    "save onto a folder": (f"cat {T2V} -o D/folder.mp4", REQUEST, ("folder.mp4", "exists")),
+    "save onto a folder": (f"cat {T2V} -o D/folder.mp4", REQUEST, ("folder.mp4", "is a folder", "--save")),
     "quality too high": (f"cat {T2V} --quality 101", REQUEST, ("101", "--quality 100")),
     "quality negative": (f"cat {T2V} --quality -1", REQUEST, ("-1", "--quality 0")),
     "preview no picture": (f"cat {T2V} --preview live.mp4", REQUEST, ("live.mp4", ".png")),
