@@ -24,7 +24,7 @@ from kinema.media.background import BackgroundWriter
 from kinema.media.files import write_whole
 from kinema.media.preview import preview_rgb
 from kinema.media.video import write
-from kinema.models.encoders import UMT5, ClipVision, Tokenizer, encode_prompts
+from kinema.models.encoders import UMT5, ClipVision, encode_prompts
 from kinema.models.wan import WanDiT
 from kinema.models.wan_vae import WanVAE
 from kinema.planning import make_plan, output_folder, plan_output, sidecars
@@ -37,7 +37,6 @@ from kinema.schema import (
     Event,
     Facts,
     ModelRef,
-    Note,
     OutputKind,
     OutputPlan,
     Plan,
@@ -51,9 +50,12 @@ from kinema.schema import (
 from kinema.survey import existing_names, survey
 from kinema.tensors import Conditions, Media
 from kinema.version import VERSION
-from kinema.weights.files import open_tensors
+from kinema.weights.load import load_tokenizer
 
 Stop = Callable[[], bool]
+
+KEPT_TEXTS = 32
+"""Encoded texts kept from run to run; a long one of the full-size encoder takes 8 MB."""
 
 
 class Stages:
@@ -172,10 +174,8 @@ class Engine:
             texts.append(plan.negative)
         with stages.measure("encode text"):
             yield (meter := Meter("encode text", 1)).start()
-            rows, cut = self._encode_texts(plan, texts)
+            rows = self._encode_texts(plan, texts)
             yield meter.tick()
-        if cut:
-            yield Note(about="prompt", text=f"the last {cut} tokens are left out: {plan.model} reads {plan.text_len}")
         clip = concat = clean = None
         if plan.images:
             _stop_if(cancelled)
@@ -190,16 +190,20 @@ class Engine:
         branches: tuple[Branch, ...] = ("cond", "uncond")
         return {branch: Conditions((text,), clip, concat, clean) for branch, text in zip(branches, rows, strict=False)}
 
-    def _encode_texts(self, plan: Plan, texts: list[str]) -> tuple[list[Tensor], int]:
-        """Rows of each text, from memory where it was encoded before, and how many tokens were cut from the prompt."""
+    def _encode_texts(self, plan: Plan, texts: list[str]) -> list[Tensor]:
+        """Rows of each text, from memory where it was encoded before."""
         keys = [(plan.text_encoder, plan.text_len, text) for text in texts]
-        tokenizer = load_tokenizer(plan.text_encoder)
         new = [text for text, key in zip(texts, keys, strict=True) if key not in self._texts]
         if new:
             encoder = cast(UMT5, self._models.get(plan.text_encoder))
+            tokenizer = load_tokenizer(plan.text_encoder.files, plan.text_encoder.tokenizer)
             for text, rows in zip(new, encode_prompts(encoder, tokenizer, new, plan.text_len), strict=True):
                 self._texts[plan.text_encoder, plan.text_len, text] = rows
-        return [self._texts[key] for key in keys], tokenizer.encode(plan.prompt, plan.text_len).cut
+        wanted = {key: self._texts[key] for key in keys}
+        # The negative prompt of a batch is asked for again and again, so what was asked for last is kept.
+        older = {key: rows for key, rows in self._texts.items() if key not in wanted}
+        self._texts = dict(list({**older, **wanted}.items())[-KEPT_TEXTS:])
+        return [wanted[key] for key in keys]
 
     @torch.inference_mode()
     def _sample(
@@ -308,13 +312,6 @@ class Engine:
         if self.settings.cache is not None:
             seconds = {report.stage: report.seconds / len(plan.seeds) for report in stages.reports}
             record_calibration(self.settings.cache / "calibration.json", plan.device, work(plan), seconds)
-
-
-def load_tokenizer(ref: ModelRef) -> Tokenizer:
-    """Return the tokenizer of a text encoder: its own file's, or the one beside it."""
-    if ref.tokenizer is not None:
-        return Tokenizer.from_path(ref.tokenizer)
-    return Tokenizer.from_bytes(open_tensors(ref.files[0]).get("spiece_model").numpy().tobytes())
 
 
 def versions() -> dict[str, str]:

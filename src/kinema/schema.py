@@ -190,6 +190,7 @@ class Facts(Frozen):
 
     files     by role: dit, dit_high, vae, text_encoder, clip_vision.
     media     by Request field, in order where a field takes several.
+    cut       tokens of prompt and negative, by field, beyond what the model reads.
     existing  names already present in the folder the output goes to.
     """
 
@@ -197,6 +198,7 @@ class Facts(Frozen):
     tokenizer: Path | None = None
     media: dict[str, tuple[MediaFacts, ...]] = {}
     machine: Machine = Machine()
+    cut: dict[str, int] = {}
     existing: frozenset[str] = frozenset()
     output_free: int | None = None
 

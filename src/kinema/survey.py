@@ -15,10 +15,12 @@ from kinema.catalog.installed import missing
 from kinema.errors import CatalogError, RequestError
 from kinema.media.image import read_image
 from kinema.media.video import probe
+from kinema.models.tokenizer import Tokenizer
 from kinema.planning import MEDIA_FIELDS, check_media, output_folder
 from kinema.runtime.machine import probe_machine
 from kinema.schema import CatalogEntry, Facts, FileFacts, MediaFacts, Request, Settings
 from kinema.weights.detect import find_tokenizer, inspect, resolve_folder
+from kinema.weights.load import load_tokenizer
 
 COMPONENTS: dict[str, str] = {
     "dit": "dit",
@@ -64,11 +66,13 @@ def survey(request: Request, settings: Settings) -> tuple[CatalogEntry, Facts]:
             field="save",
             got=str(request.save),
         )
+    tokenizer = _tokenizer(request, paths, files["text_encoder"], settings)
     facts = Facts(
         files=files,
-        tokenizer=_tokenizer(request, paths, files["text_encoder"], settings),
+        tokenizer=tokenizer,
         media={field: tuple(_media(field, path) for path in _given(request, field)) for field in MEDIA_FIELDS},
         machine=probe_machine(request.device, settings.cache / "calibration.json" if settings.cache else None),
+        cut=_cut(request, entry, load_tokenizer(files["text_encoder"].files, tokenizer)),
         existing=existing_names(folder),
         output_free=_free(folder),
     )
@@ -189,6 +193,13 @@ def _tokenizer(request: Request, paths: Mapping[str, Path], encoder: FileFacts, 
             name="tokenizer",
         )
     return found
+
+
+def _cut(request: Request, entry: CatalogEntry, tokenizer: Tokenizer) -> dict[str, int]:
+    """Tokens of the user's texts that the model will not read, by field; none of the fields that fit."""
+    texts = {"prompt": request.prompt or "", "negative": request.negative or ""}
+    cut = {field: tokenizer.encode(text, entry.text_len).cut for field, text in texts.items()}
+    return {field: count for field, count in cut.items() if count}
 
 
 # --- inputs and outputs --------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import kinema
 from kinema import ops
-from kinema.engine import Engine, Meter
+from kinema.engine import KEPT_TEXTS, Engine, Meter
 from kinema.errors import Cancelled, CheckpointError, NumericsError, OutputError, RequestError
 from kinema.media.video import probe, read_frames, read_metadata
-from kinema.schema import Note, Plan, Preview, Progress, Request, Result
+from kinema.schema import Plan, Preview, Progress, Request, Result
 from tiny_world import TinyWorld, picture
 
 MODELS = {
@@ -129,9 +129,18 @@ def test_preview_is_a_picture_of_the_right_size_each_step(engine: Engine, ask, t
     assert probe(preview).width == 32 or torch.cat(list(read_frames(preview))).shape[1:3] == (32, 32)
 
 
-def test_long_prompt_is_cut_and_says_so(engine: Engine, ask) -> None:
-    events = list(engine.run(engine.plan(ask("tiny-t2v", prompt="a cat walks on grass " * 20))))
-    assert any(isinstance(e, Note) and "left out" in e.text for e in events)
+def test_long_prompt_is_cut_and_the_plan_says_so_before_anything_loads(engine: Engine, ask) -> None:
+    plan = engine.plan(ask("tiny-t2v", prompt="a cat walks on grass " * 20))
+    (note,) = (note for note in plan.notes if note.about == "prompt")
+    assert "left out" in note.text and note in list(engine.run(plan))
+
+
+def test_encoded_texts_do_not_pile_up(engine: Engine, ask, tmp_path: Path) -> None:
+    plan = engine.plan(ask("tiny-t2v"))
+    for number in range(KEPT_TEXTS + 5):
+        engine._encode_texts(plan, [f"cat {number}", plan.negative])
+    assert len(engine._texts) == KEPT_TEXTS
+    assert (plan.text_encoder, plan.text_len, plan.negative) in engine._texts
 
 
 def test_a_folder_named_like_the_file_is_refused_before_anything_loads(engine: Engine, ask, tmp_path: Path) -> None:

@@ -54,6 +54,10 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     boundary = _boundary(request, entry)
     steps = _steps(request, entry, shift, boundary, notes)
     prompt, negative = _texts(request, entry, steps, notes)
+    for field, count in facts.cut.items():
+        notes.append(
+            Note(about=field, text=f"its last {count} tokens are left out: {entry.name} reads {entry.text_len}")
+        )
     seeds = _seeds(request)
     plan = Plan(
         kinema=VERSION,

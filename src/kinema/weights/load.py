@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from kinema.errors import CheckpointError
+from kinema.models.tokenizer import Tokenizer
 from kinema.models.wan import stays_float32
 from kinema.schema import Component, ModelRef
 from kinema.weights.files import open_tensors
@@ -43,6 +45,13 @@ def load(ref: ModelRef) -> nn.Module:
     unfilled = [name for name, tensor in chain(module.named_parameters(), module.named_buffers()) if tensor.is_meta]
     assert not unfilled, f"{type(module).__name__} made {unfilled[:3]} outside its state dict on the meta device"
     return module.requires_grad_(False).eval()
+
+
+def load_tokenizer(encoder: Sequence[Path], tokenizer: Path | None) -> Tokenizer:
+    """Return the tokenizer at `tokenizer`, or without one that inside the text encoder's files."""
+    if tokenizer is not None:
+        return Tokenizer.from_path(tokenizer)
+    return Tokenizer.from_bytes(open_tensors(encoder).get("spiece_model").numpy().tobytes())
 
 
 def _placed(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:
