@@ -6,11 +6,13 @@ kept when finishing fails; what the verbs do is in ops, what is decided is in th
 
 from __future__ import annotations
 
+import itertools
 import platform
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -64,6 +66,7 @@ class Stages:
     def __init__(self, device: str) -> None:
         self._device = device
         self._reports: dict[str, StageReport] = {}
+        self._counts: Counter[str] = Counter()
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
@@ -71,6 +74,7 @@ class Stages:
         with PeakMemory(self._device) as peak:
             yield
         seconds = time.perf_counter() - began
+        self._counts[stage] += 1
         before = self._reports.get(stage)
         self._reports[stage] = StageReport(
             stage=stage,
@@ -81,6 +85,10 @@ class Stages:
     @property
     def reports(self) -> tuple[StageReport, ...]:
         return tuple(self._reports.values())
+
+    def mean_seconds(self) -> dict[str, float]:
+        """Return seconds of one go of each stage: of one seed, where it is run for each."""
+        return {stage: report.seconds / self._counts[stage] for stage, report in self._reports.items()}
 
 
 class Meter:
@@ -172,10 +180,12 @@ class Engine:
         texts = [plan.prompt]
         if any(step.guidance != 1.0 for step in plan.steps):
             texts.append(plan.negative)
-        with stages.measure("encode text"):
-            yield (meter := Meter("encode text", 1)).start()
+        yield (meter := Meter("encode text", 1)).start()
+        # Texts out of memory say nothing of the encoder's speed: they are no stage.
+        known = all((plan.text_encoder, plan.text_len, text) in self._texts for text in texts)
+        with nullcontext() if known else stages.measure("encode text"):
             rows = self._encode_texts(plan, texts)
-            yield meter.tick()
+        yield meter.tick()
         clip = concat = clean = None
         if plan.images:
             _stop_if(cancelled)
@@ -310,8 +320,8 @@ class Engine:
 
     def _calibrate(self, plan: Plan, stages: Stages) -> None:
         if self.settings.cache is not None:
-            seconds = {report.stage: report.seconds / len(plan.seeds) for report in stages.reports}
-            record_calibration(self.settings.cache / "calibration.json", plan.device, work(plan), seconds)
+            file = self.settings.cache / "calibration.json"
+            record_calibration(file, plan.device, work(plan), stages.mean_seconds())
 
 
 def versions() -> dict[str, str]:
@@ -325,17 +335,21 @@ def _stop_if(cancelled: Stop) -> None:
 
 
 def _latents_beside(plan: Plan) -> Path:
+    """A free name beside the output: latents that lie there are somebody's finished work."""
     first = plan.output.paths[0][0]
-    return first.with_name(first.name.removesuffix(first.suffix) + ".latents.safetensors")
+    stem = first.name.removesuffix(first.suffix)
+    tails = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    paths = (first.with_name(f"{stem}{tail}.latents.safetensors") for tail in tails)
+    return next(path for path in paths if not path.exists())
 
 
 def _keep(data: bytes, path: Path) -> Path:
-    """Write finished latents where the output goes, or in the system's temporary folder; return where."""
+    """Write finished latents where the output goes, or in a new temporary folder; return where."""
     try:
         write_whole(path, data)
         return path
     except OutputError:
-        elsewhere = Path(tempfile.gettempdir()) / path.name
+        elsewhere = Path(tempfile.mkdtemp(prefix="kinema-")) / path.name
         write_whole(elsewhere, data)
         return elsewhere
 

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from kinema.models.encoders import UMT5, ClipVision, check_encoder
+from kinema.models.wan import WanDiT
+from kinema.runtime.attention import attention
 from kinema.runtime.machine import free_memory
 from kinema.schema import ModelRef
 from kinema.weights.hashes import HashCache
@@ -40,6 +42,8 @@ class Residents:
             module = load(ref)
             if isinstance(module, UMT5 | ClipVision):
                 check_encoder(module, ref.files[0])
+            if isinstance(module, WanDiT):
+                module.attention = attention(ref.attention, ref.device)
             self._modules[ref] = module
         self._modules.move_to_end(ref)
         return self._modules[ref]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import kinema
 from kinema import ops
-from kinema.engine import KEPT_TEXTS, Engine, Meter
-from kinema.errors import Cancelled, CheckpointError, NumericsError, OutputError, RequestError
+from kinema.engine import KEPT_TEXTS, Engine, Meter, Stages
+from kinema.errors import Cancelled, CheckpointError, KinemaError, NumericsError, OutputError, RequestError
 from kinema.media.video import probe, read_frames, read_metadata
 from kinema.schema import Plan, Preview, Progress, Request, Result
 from tiny_world import TinyWorld, picture
@@ -216,6 +216,31 @@ def test_failed_writing_keeps_the_latents_and_the_command_finishes_the_job(engin
     (result,) = (e for e in engine.decode(kept, Request(save=tmp_path / "rescued.mp4")) if isinstance(e, Result))
     assert probe(result.paths[0]).frames == 5
     kept.unlink()
+
+
+def test_latents_that_lie_beside_the_output_are_left_alone(engine: Engine, ask, tmp_path: Path) -> None:
+    work = finish(engine, ask("tiny-t2v", save=tmp_path / "cat.latents.safetensors")).paths[0]
+    before = work.read_bytes()
+    finish(engine, ask("tiny-t2v", save=tmp_path / "cat.mp4", seed=9))
+    assert work.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.glob("*.latents.safetensors")) == [work.name]
+
+
+def test_attention_of_the_plan_is_the_models(engine: Engine, ask) -> None:
+    plan = engine.plan(ask("tiny-t2v"))
+    wrong = plan.experts["model"].model_copy(update={"attention": "nonsense"})
+    with pytest.raises(KinemaError, match="nonsense"):
+        list(engine.run(plan.model_copy(update={"experts": {"model": wrong}})))
+
+
+def test_a_stage_counts_once_for_each_time_it_ran() -> None:
+    stages = Stages("cpu")
+    for stage in ("sample", "decode", "sample", "decode", "encode text"):
+        with stages.measure(stage):
+            pass
+    total = {report.stage: report.seconds for report in stages.reports}
+    assert stages.mean_seconds()["sample"] == pytest.approx(total["sample"] / 2)
+    assert stages.mean_seconds()["encode text"] == total["encode text"]
 
 
 def test_cancel_stops_within_a_step_and_leaves_nothing(engine: Engine, ask, tmp_path: Path) -> None:

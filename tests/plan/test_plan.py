@@ -151,6 +151,12 @@ def test_generated_names_never_overwrite() -> None:
     assert plan("wan2.1-t2v-1.3b", save=Path("x/cat.mp4"), overwrite=True, facts={"existing": frozenset({"cat.mp4"})})
 
 
+def test_stripped_latents_keep_their_plan_and_it_is_said() -> None:
+    made = plan("wan2.1-t2v-1.3b", strip=True, output="mp4,latents")
+    assert [note.about for note in made.notes] == ["strip"]
+    assert not plan("wan2.1-t2v-1.3b", strip=True).notes
+
+
 def test_precision_decides_dtypes() -> None:
     fast, reference = plan("wan2.2-ti2v-5b"), plan("wan2.2-ti2v-5b", precision="reference")
     assert fast.experts["model"].dtype == "bfloat16" and fast.vae.dtype == "float32"

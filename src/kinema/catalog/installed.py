@@ -10,8 +10,6 @@ from kinema.errors import CatalogError
 from kinema.schema import CatalogEntry
 from kinema.weights.detect import resolve_folder
 
-ROLES = ("dit", "dit_high", "vae", "text_encoder", "clip_vision", "tokenizer")
-
 
 def find_files(entry: CatalogEntry, roots: Sequence[Path]) -> dict[str, Path]:
     """Return paths by role of the first complete set among the roots.

@@ -58,6 +58,8 @@ def plan_output(
                 )
             taken.add(file.name)
         paths.append(files)
+    if request.strip and "latents" in kinds:
+        notes.append(Note(about="strip", text="the latents file keeps the plan: nothing could decode it without"))
     _check_space(facts, frames, seeds, folder)
     return OutputPlan(
         kinds=kinds,
