@@ -21,7 +21,7 @@ from kinema.models.encoders import ClipVision
 from kinema.models.wan import Context, WanDiT
 from kinema.models.wan_vae import WanVAE
 from kinema.sampling.denoiser import Branch
-from kinema.schema import Expert, ImagePlan, Plan
+from kinema.schema import Expert, ImagePlan, Plan, PlanStep
 from kinema.tensors import Conditions
 from kinema.weights.files import open_tensors
 
@@ -110,14 +110,14 @@ class Velocity:
         self._current: tuple[Expert, WanDiT] | None = None
         self.last: LastCall | None = None
 
-    def __call__(self, expert: Expert, branch: Branch, x_BCFhw: Tensor, timestep: float) -> Tensor:
-        model = self._model(expert)
-        key = (expert, branch)
+    def __call__(self, step: PlanStep, branch: Branch, x_BCFhw: Tensor) -> Tensor:
+        model = self._model(step.expert)
+        key = (step.expert, branch)
         if key not in self._contexts:
             self._contexts[key] = model.prepare(self._conditions[branch].to(self._device))
         context = self._contexts[key]
-        self.last = LastCall(model, x_BCFhw, timestep, context)
-        return model(x_BCFhw, torch.full((x_BCFhw.shape[0],), timestep, device=self._device), context)
+        self.last = LastCall(model, x_BCFhw, step.timestep, context)
+        return model(x_BCFhw, torch.full((x_BCFhw.shape[0],), step.timestep, device=self._device), context)
 
     def _model(self, expert: Expert) -> WanDiT:
         if self._current is None or self._current[0] != expert:

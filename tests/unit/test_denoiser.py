@@ -28,11 +28,11 @@ def plan_steps(solver="unipc", steps=8, shift=5.0, boundary=0.9, guidance=(3.0, 
     ]
 
 
-def velocity(expert, branch, x, timestep):
+def velocity(step, branch, x):
     """Two small experts, non-linear and mixing positions, each with two branches."""
-    gain = {"high": 0.8, "low": 1.1, "model": 1.0}[expert]
+    gain = {"high": 0.8, "low": 1.1, "model": 1.0}[step.expert]
     push = 0.3 if branch == "cond" else -0.1
-    return torch.tanh(gain * x + push) + 0.1 * x.mean() + timestep / 5000
+    return torch.tanh(gain * x + push) + 0.1 * x.mean() + step.timestep / 5000
 
 
 def finished(steps, model=velocity, clean=None, solver="unipc"):
@@ -53,9 +53,9 @@ def finished(steps, model=velocity, clean=None, solver="unipc"):
 def test_each_branch_runs_as_often_as_guidance_asks(guidance, expected):
     ran = Counter()
 
-    def counting(expert, branch, x, timestep):
-        ran[expert, branch] += 1
-        return velocity(expert, branch, x, timestep)
+    def counting(step, branch, x):
+        ran[step.expert, branch] += 1
+        return velocity(step, branch, x)
 
     finished(plan_steps(guidance=guidance), counting)
     assert ran == expected
@@ -70,9 +70,9 @@ def test_cfg_is_the_official_formula():
 def test_the_model_sees_the_timesteps_of_the_plan():
     seen = []
 
-    def watching(expert, branch, x, timestep):
-        seen.append((expert, timestep))
-        return velocity(expert, branch, x, timestep)
+    def watching(step, branch, x):
+        seen.append((step.expert, step.timestep))
+        return velocity(step, branch, x)
 
     steps = plan_steps(guidance=(1.0, 1.0))
     finished(steps, watching)
@@ -89,7 +89,7 @@ def test_an_expert_switched_one_step_late_changes_the_result(solver):
 
 def test_history_runs_across_the_switch():
     """Equal experts under two names give the same result as one model: nothing is reset at the switch."""
-    same = lambda expert, branch, x, timestep: velocity("model", branch, x, timestep)  # noqa: E731
+    same = lambda step, branch, x: velocity(step.model_copy(update={"expert": "model"}), branch, x)  # noqa: E731
     assert torch.equal(
         finished(plan_steps(guidance=(3, 3)), same), finished(plan_steps(boundary=None, guidance=(3, 3)), same)
     )
@@ -101,10 +101,10 @@ def test_history_runs_across_the_switch():
 def test_a_planted_non_finite_value_is_caught_at_its_step(solver, bad_step, value):
     calls = []
 
-    def planted(expert, branch, x, timestep):
-        v = velocity(expert, branch, x, timestep)
+    def planted(step, branch, x):
+        v = velocity(step, branch, x)
         if branch == "uncond":
-            calls.append(timestep)
+            calls.append(step.timestep)
             if len(calls) == bad_step + 1:
                 v[0, 1, 2, 0, 1] = value
         return v
@@ -119,7 +119,7 @@ def test_a_planted_non_finite_value_is_caught_at_its_step(solver, bad_step, valu
 
 
 def test_an_overflow_of_the_guidance_itself_is_caught():
-    huge = lambda expert, branch, x, timestep: torch.full_like(x, 3e38 if branch == "cond" else -3e38)  # noqa: E731
+    huge = lambda step, branch, x: torch.full_like(x, 3e38 if branch == "cond" else -3e38)  # noqa: E731
     with pytest.raises(NumericsError, match="step 1 of"):
         finished(plan_steps(), huge)
 
@@ -128,9 +128,9 @@ def test_clean_latents_are_in_everything_seen_and_everything_yielded():
     clean = noise(1, (1, 4, 1, 2, 2))
     seen = []
 
-    def watching(expert, branch, x, timestep):
+    def watching(step, branch, x):
         seen.append(x[:, :, :1].clone())
-        return velocity(expert, branch, x, timestep)
+        return velocity(step, branch, x)
 
     steps = plan_steps(boundary=None)
     done = list(sample(steps, "unipc", noise(7, SHAPE), watching, clean))
@@ -152,7 +152,7 @@ def test_reimposition_equals_overwriting_the_state_after_every_step(solver):
     start = noise(7, SHAPE)
     overwrite(start)
     sigmas = (*(step.sigma for step in steps), 0.0)
-    for step in SOLVERS[solver](lambda x, i: velocity("model", "cond", x, steps[i].timestep), start, sigmas):
+    for step in SOLVERS[solver](lambda x, i: velocity(steps[i], "cond", x), start, sigmas):
         overwrite(step.x)
     assert torch.equal(step.x, finished(steps, clean=clean, solver=solver))
 

@@ -14,15 +14,15 @@ from torch import Tensor
 from kinema.errors import NumericsError
 from kinema.sampling.guidance import cfg
 from kinema.sampling.solvers import SOLVERS, Step
-from kinema.schema import Expert, PlanStep, Solver
+from kinema.schema import PlanStep, Solver
 
 Branch = Literal["cond", "uncond"]
 
 
 class ExpertVelocity(Protocol):
-    """velocity(expert, branch, x_BCFhw, timestep) -> velocity_BCFhw: one forward of one model."""
+    """velocity(step, branch, x_BCFhw) -> velocity_BCFhw: one forward of the model that `step` names."""
 
-    def __call__(self, expert: Expert, branch: Branch, x_BCFhw: Tensor, timestep: float, /) -> Tensor: ...
+    def __call__(self, step: PlanStep, branch: Branch, x_BCFhw: Tensor, /) -> Tensor: ...
 
 
 class Denoiser:
@@ -74,7 +74,7 @@ class Denoiser:
 
     def _branch(self, index: int, branch: Branch, x_BCFhw: Tensor) -> Tensor:
         step = self.steps[index]
-        v_BCFhw = self.velocity(step.expert, branch, x_BCFhw, step.timestep).float()
+        v_BCFhw = self.velocity(step, branch, x_BCFhw).float()
         self.check(v_BCFhw, index, f"the {branch} velocity")
         return v_BCFhw
 
