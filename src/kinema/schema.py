@@ -155,7 +155,11 @@ class FileFacts(Frozen):
 
 
 class MediaFacts(Frozen):
-    """What one input image, video or sound says of itself. Sizes are after rotation metadata."""
+    """What one input image, video or sound says of itself. Sizes are after rotation metadata.
+
+    fps            of a video, the mean where its rate varies; None where there is no time, as in a folder of frames.
+    seconds        from the first frame's start to the last one's end.
+    """
 
     path: Path
     kind: Literal["image", "video", "audio"]
@@ -163,6 +167,8 @@ class MediaFacts(Frozen):
     height: int = 0
     frames: int = 1
     fps: float | None = None
+    seconds: float | None = None
+    variable_rate: bool = False
     has_alpha: bool = False
 
 

@@ -213,7 +213,7 @@ def _given(request: Request, field: str) -> Iterable[Path]:
 
 
 def _media(field: str, path: Path) -> MediaFacts:
-    if not path.is_file():
+    if not path.is_file() and (field in IMAGE_FIELDS or not path.is_dir()):
         raise RequestError(f"--{field.replace('_', '-')} {path}: no such file", _near(path), field=field, got=str(path))
     return read_image(path)[1] if field in IMAGE_FIELDS else probe(path)
 

@@ -15,7 +15,7 @@ import kinema
 from kinema import ops
 from kinema.engine import KEPT_TEXTS, Engine, Meter, Stages
 from kinema.errors import Cancelled, CheckpointError, KinemaError, NumericsError, OutputError, RequestError
-from kinema.media.video import probe, read_frames, read_metadata
+from kinema.media.video import probe, read_metadata, read_video
 from kinema.schema import Plan, Preview, Progress, Request, Result
 from tiny_world import TinyWorld, picture
 
@@ -101,7 +101,7 @@ def test_latents_alone_then_decoded_equal_the_video_made_at_once(engine: Engine,
         e for e in engine.decode(latents, Request(save=tmp_path / "later", output="png")) if isinstance(e, Result)
     )
     for first, second in zip(sorted(at_once.paths[0].iterdir()), sorted(later.paths[0].iterdir()), strict=True):
-        assert torch.equal(torch.cat(list(read_frames(first))), torch.cat(list(read_frames(second))))
+        assert torch.equal(torch.cat(list(read_video(first))), torch.cat(list(read_video(second))))
     assert latents.exists()
 
 
@@ -126,7 +126,7 @@ def test_preview_is_a_picture_of_the_right_size_each_step(engine: Engine, ask, t
     preview = tmp_path / "preview.png"
     events = list(engine.run(engine.plan(ask("tiny-t2v", preview=preview, steps=3))))
     assert [e.step for e in events if isinstance(e, Preview)] == [1, 2, 3]
-    assert probe(preview).width == 32 or torch.cat(list(read_frames(preview))).shape[1:3] == (32, 32)
+    assert probe(preview).width == 32 or torch.cat(list(read_video(preview))).shape[1:3] == (32, 32)
 
 
 def test_long_prompt_is_cut_and_the_plan_says_so_before_anything_loads(engine: Engine, ask) -> None:

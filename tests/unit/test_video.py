@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from kinema.errors import Cancelled, NumericsError, OutputError, RequestError
-from kinema.media.video import WRITERS, probe, read_frames, read_metadata, write
+from kinema.media.video import WRITERS, probe, read_metadata, read_video, write
 from kinema.tensors import Media
 
 WIDTH, HEIGHT, FRAMES, FPS = 96, 64, 17, 16
@@ -44,7 +44,7 @@ def media(video=None, chunks=None, metadata=None, **changed):
 
 def decoded(path, kind):
     if kind in ("mp4", "webm", "gif"):
-        return torch.stack(list(read_frames(path)))
+        return torch.stack(list(read_video(path)))
     if kind == "png":
         images = [Image.open(file) for file in sorted(path.iterdir())] if path.is_dir() else [Image.open(path)]
     else:
@@ -332,7 +332,7 @@ def test_a_full_disk_is_an_output_error_and_leaves_nothing(tmp_path):
 def test_what_is_no_media_file_is_refused_by_every_reader(content, tmp_path):
     path = tmp_path / "x.mp4"
     path.write_bytes(content)
-    for reader in (probe, read_metadata, lambda path: list(read_frames(path))):
+    for reader in (probe, read_metadata, lambda path: list(read_video(path))):
         with pytest.raises(RequestError, match=r"x\.mp4"):
             reader(path)
     with pytest.raises(RequestError):
@@ -364,7 +364,7 @@ def test_rotation_is_honoured(degrees, white, tmp_path):
     if not hasattr(av.VideoStream, "set_display_rotation"):
         pytest.skip("this PyAV cannot write rotation")
     turned_video(tmp_path / "a.mp4", degrees)
-    facts, frame = probe(tmp_path / "a.mp4"), next(read_frames(tmp_path / "a.mp4"))
+    facts, frame = probe(tmp_path / "a.mp4"), next(read_video(tmp_path / "a.mp4"))
     upright = degrees % 180 != 0
     assert (facts.width, facts.height, facts.frames) == ((32, 64, 3) if upright else (64, 32, 3))
     assert tuple(frame.shape) == (facts.height, facts.width, 3)

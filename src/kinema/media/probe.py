@@ -1,109 +1,97 @@
-"""What a video or sound file says of itself, and its frames. Images are read in media/image.py."""
+"""What a video, a sound file or a folder of frames says of itself. Images are read in media/image.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
-from typing import cast
 
 import av
 import numpy as np
-import torch
-from av.filter import Graph
-from torch import Tensor
+from PIL import Image
 
-from kinema.errors import RequestError
+from kinema.media.image import image_facts
+from kinema.media.reader import decoded, display_size, image_files, is_webp, stored_frames, unreadable, video_stream
 from kinema.schema import MediaFacts
-
-# Frames tagged with no colour matrix are taken as BT.709 from 720 lines on and BT.601 below, as players do.
-HD_LINES = 720
-UNSPECIFIED = 2
 
 
 def probe(path: Path) -> MediaFacts:
-    """Return size, frames and rate of a video, after rotation metadata; or that it is sound alone.
+    """Return size, frames, rate and length of a video as it is shown; or that it is sound alone, with 0 frames.
 
-    Opens the file, decodes its first frame and counts the frames; a sound file has 0 frames.
+    Decodes the first frame and walks through the packets of the rest. Where the rate varies, `fps` is the mean one.
+    A folder of images has no rate; its first image stands for all.
     Raises RequestError where there is no such file, or it cannot be decoded.
     """
     path = Path(path)
+    if path.is_dir():
+        files = image_files(path)
+        first = image_facts(files[0])
+        return first.model_copy(update={"path": path, "kind": "video", "frames": len(files)})
     try:
+        if is_webp(path):
+            return _webp_facts(path)
         with av.open(str(path.resolve())) as container:
-            videos = [stream for stream in container.streams.video if not _is_cover(stream)]
-            if not videos:
-                if not container.streams.audio:
-                    raise _unreadable(path, "it holds neither video nor sound")
-                next(container.decode(audio=0))
-                return MediaFacts(path=path, kind="audio", frames=0)
-            stream = videos[0]
-            first = next(container.decode(stream))
-            turned = first.rotation % 180 != 0
-            facts = MediaFacts(
-                path=path,
-                kind="video",
-                width=first.height if turned else first.width,
-                height=first.width if turned else first.height,
-                frames=stream.frames,
-                fps=float(stream.average_rate) if stream.average_rate else None,
-                has_alpha=_has_alpha(first),
-            )
-        return facts if facts.frames else facts.model_copy(update={"frames": _count(path)})
-    except (OSError, av.FFmpegError, StopIteration) as error:
-        raise _unreadable(path, getattr(error, "strerror", None) or str(error) or "it has no frames") from error
+            stream = video_stream(container)
+            if stream is None:
+                return _sound_facts(path, container)
+            frame = next(decoded(container, stream))
+            width, height = display_size(stream, frame)
+            facts = MediaFacts(path=path, kind="video", width=width, height=height, has_alpha=_has_alpha(frame))
+        return facts.model_copy(update=_timing(path))
+    except (OSError, av.FFmpegError, StopIteration, EOFError) as error:
+        raise unreadable(path, getattr(error, "strerror", None) or str(error) or "it has no frames") from error
 
 
-def read_frames(path: Path) -> Iterator[Tensor]:
-    """Yield frames_HWC uint8 RGB of a video, in order, rotation applied.
-
-    Raises RequestError where the file cannot be opened or decoding breaks off.
-    """
-    path = Path(path)
-    try:
-        with av.open(str(path.resolve())) as container:
-            graph = None
-            for frame in container.decode(video=0):
-                graph = graph or _to_rgb(frame)
-                graph.push(frame)
-                image = cast(av.VideoFrame, graph.pull()).to_ndarray()
-                yield torch.from_numpy(np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90))))
-    except (OSError, av.FFmpegError, IndexError) as error:
-        raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from error
+def _sound_facts(path: Path, container: av.container.InputContainer) -> MediaFacts:
+    if not container.streams.audio:
+        raise unreadable(path, "it holds neither video nor sound")
+    next(container.decode(audio=0))
+    stream = container.streams.audio[0]
+    seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
+    return MediaFacts(path=path, kind="audio", frames=0, seconds=seconds)
 
 
-def _to_rgb(frame: av.VideoFrame) -> Graph:
-    """A filter that rounds to nearest; the plain conversion of PyAV is about one level too dark."""
-    matrix = "auto"
-    if frame.colorspace == UNSPECIFIED and frame.format.name.startswith("yuv"):
-        matrix = "bt709" if frame.height >= HD_LINES else "bt601"
-    graph = Graph()
-    time_base = frame.time_base or Fraction(1, 1000)
-    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=time_base)
-    scale = graph.add("scale", f"in_color_matrix={matrix}:flags=bicubic+accurate_rnd+full_chroma_int")
-    graph.link_nodes(source, scale, graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")).configure()
-    return graph
-
-
-def _count(path: Path) -> int:
-    """Containers such as webm do not say how many frames they hold."""
+def _timing(path: Path) -> dict[str, object]:
+    """frames, fps, seconds and variable_rate by the packets' times: what a container states of itself may be wrong."""
     with av.open(str(path.resolve())) as container:
-        return sum(1 for packet in container.demux(video=0) if packet.size)
+        stream = video_stream(container)
+        assert stream is not None, "the caller found it"
+        tick = stream.time_base or Fraction(1, 1000)
+        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        stated, last = stream.average_rate, max(packets, key=lambda packet: packet.pts or 0)
+        times = sorted(packet.pts * tick for packet in packets if packet.pts is not None)
+    if not times or (len(times) == 1 and not stated):
+        return {"frames": len(packets), "fps": float(stated) if stated else None}
+    mean = (times[-1] - times[0]) / max(len(times) - 1, 1)
+    usual = mean or 1 / (stated or Fraction(25))
+    seconds = times[-1] - times[0] + (last.duration * tick if last.duration else usual)
+    steps = [after - before for before, after in pairwise(times)]
+    varies = bool(steps) and max(steps) - min(steps) > max(2 * tick, mean / 10)
+    # A constant rate is what the container states, not what its rounded times give.
+    fps = 1 / usual if varies or not stated or abs(stated * usual - 1) > Fraction(1, 100) else stated
+    return {"frames": len(packets), "fps": float(fps), "seconds": float(seconds), "variable_rate": varies}
+
+
+def _webp_facts(path: Path) -> MediaFacts:
+    with Image.open(path) as image:
+        width, height, has_alpha = image.width, image.height, image.has_transparency_data
+    durations = [picture.duration for picture in stored_frames(path)]
+    seconds = sum(durations, Fraction(0))
+    return MediaFacts(
+        path=path,
+        kind="video",
+        width=width,
+        height=height,
+        frames=len(durations),
+        fps=float(round(len(durations) / seconds, 2)) if seconds else None,
+        seconds=float(seconds) if seconds else None,
+        has_alpha=has_alpha,
+        variable_rate=max(durations) - min(durations) > Fraction(2, 1000),
+    )
 
 
 def _has_alpha(frame: av.VideoFrame) -> bool:
     if not any(component.is_alpha for component in frame.format.components):
         return False
-    return bool(frame.to_ndarray(format="rgba")[..., 3].min() < 255)
-
-
-def _is_cover(stream: av.VideoStream) -> bool:
-    return bool(stream.disposition & av.stream.Disposition.attached_pic)
-
-
-def _unreadable(path: Path, why: str) -> RequestError:
-    return RequestError(
-        f"{path} cannot be read as video or sound: {why}",
-        "check the path and that the file plays elsewhere",
-        field="path",
-        got=str(path),
-    )
+    opacity: np.ndarray = frame.to_ndarray(format="rgba")[..., 3]
+    return int(opacity.min()) < 255
