@@ -7,10 +7,40 @@ S text tokens, V vision tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VaceConditions:
+    """What VACE is told.
+
+    context_BCFhw  inactive latents, reactive latents, mask: 96 channels, as many latent frames as the noise has.
+    scale          how strongly the side blocks' hints count; 1 is as trained.
+    """
+
+    context_BCFhw: Tensor
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class CameraConditions:
+    """The camera's path: Pluecker coordinates of every pixel, four frames a latent frame.
+
+    pluecker_BCFHW  24 channels: coordinate by coordinate (o x d, then d), the four frames of each.
+    """
+
+    pluecker_BCFHW: Tensor
+
+
+@dataclass(frozen=True)
+class ReferenceConditions:
+    """The normalised latent of a reference image, of the video's size."""
+
+    latent_BChw: Tensor
 
 
 @dataclass(frozen=True)
@@ -21,23 +51,30 @@ class Conditions:
     clip_BVD      CLIP tokens [B, 257 or 514, 1280], None where the model has no CLIP branch.
     concat_BCFhw  channels concatenated after the noise (mask4 + image16), None where there are none.
     clean_BCFhw   normalised latents that overwrite the first latent frames, whose tokens then see t = 0.
+    vace, ...     what each adapter is told, None where it is not used.
     """
 
     text: tuple[Tensor, ...]
     clip_BVD: Tensor | None = None
     concat_BCFhw: Tensor | None = None
     clean_BCFhw: Tensor | None = None
+    vace: VaceConditions | None = None
+    camera: CameraConditions | None = None
+    reference: ReferenceConditions | None = None
 
     def to(self, device: torch.device | str) -> Conditions:
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
+        return cast(Conditions, _moved(self, device))
 
-        return Conditions(
-            tuple(text.to(device) for text in self.text),
-            move(self.clip_BVD),
-            move(self.concat_BCFhw),
-            move(self.clean_BCFhw),
-        )
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """The same value with every tensor in it on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{item.name: _moved(getattr(value, item.name), device) for item in fields(value)})
+    return value
 
 
 @dataclass(frozen=True)

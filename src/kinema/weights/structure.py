@@ -18,6 +18,7 @@ from torch import nn
 from kinema.errors import CheckpointError, KinemaError
 from kinema.models.encoders import UMT5, ClipVision, ClipVisionConfig, TextEncoderConfig
 from kinema.models.wan import WanConfig, WanDiT
+from kinema.models.wan_config import ADAPTER_CONFIGS
 from kinema.models.wan_vae import LATENT_STATISTICS, WanVAE, WanVAEConfig
 from kinema.schema import Component
 from kinema.weights.files import TensorFile
@@ -234,9 +235,18 @@ VARIANTS = (
 def build(component: Component, config: Mapping[str, Any]) -> nn.Module:
     """Return the module of these constructor arguments on the meta device: structure without memory."""
     model = MODELS[component]
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     with torch.device("meta"):
-        return model.module(model.arguments(**arguments))
+        return model.module(model.arguments(**_arguments(config)))
+
+
+def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a configuration of JSON values means: lists are tuples, adapters' fields their own classes."""
+    arguments = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            value = ADAPTER_CONFIGS[key](**_arguments(value))
+        arguments[key] = tuple(value) if isinstance(value, list) else value
+    return arguments
 
 
 def build_for(shapes: Shapes, config: Mapping[str, Any]) -> nn.Module:

@@ -1,0 +1,67 @@
+"""Fun camera control: the Pluecker embedding of a camera's path, added to the grid of tokens.
+
+Source: aigc-apps/VideoX-Fun videox_fun/models/wan_camera_adapter.py (Apache-2.0).
+Parity: tests/parity/test_wan_adapters.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kinema.models.adapters.adapter import Adapter
+from kinema.models.wan_blocks import Stream
+from kinema.models.wan_config import PATCH, CameraConfig, WanConfig
+from kinema.tensors import Conditions
+
+if TYPE_CHECKING:
+    from kinema.models.wan import WanDiT
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv2(F.relu(self.conv1(x)))
+        return x + y
+
+
+class CameraEmbedding(nn.Module):
+    """Turn Pluecker coordinates of every pixel into one row a token, latent frame by latent frame."""
+
+    def __init__(self, config: CameraConfig, dim: int) -> None:
+        super().__init__()
+        self.downscale = config.downscale
+        self.conv = nn.Conv2d(config.in_channels * config.downscale**2, dim, kernel_size=PATCH[1:], stride=PATCH[1:])
+        self.residual_blocks = nn.Sequential(ResidualBlock(dim))
+
+    def forward(self, camera_BCFHW: Tensor) -> Tensor:
+        """Return rows [B, L, D] of a camera path [B, 24, F, H, W]."""
+        batch = camera_BCFHW.shape[0]
+        frames = camera_BCFHW.transpose(1, 2).flatten(0, 1).to(self.conv.weight.dtype)
+        cells: Tensor = self.residual_blocks(self.conv(F.pixel_unshuffle(frames, self.downscale)))
+        return cells.flatten(2).transpose(1, 2).reshape(batch, -1, cells.shape[1])
+
+
+class Camera(Adapter):
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        assert config.camera is not None
+        self.control_adapter = CameraEmbedding(config.camera, config.dim)
+
+    def prepare(self, model: WanDiT, conditions: Conditions) -> Tensor | None:
+        if conditions.camera is None:
+            return None
+        rows_BLD: Tensor = self.control_adapter(conditions.camera.pluecker_BCFHW)
+        return rows_BLD.float()
+
+    def embed(self, model: WanDiT, stream: Stream, state: Tensor) -> Stream:
+        if state.shape[1] != stream.tokens_BLD.shape[1]:
+            raise ValueError(f"the camera path has {state.shape[1]} tokens, the latents {stream.tokens_BLD.shape[1]}")
+        return replace(stream, tokens_BLD=stream.tokens_BLD + state)

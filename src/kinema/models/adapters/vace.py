@@ -1,0 +1,89 @@
+"""VACE: side blocks that read control latents, masks and reference images, and hint at the main blocks.
+
+Source: Wan-Video/Wan2.1 wan/modules/vace_model.py (Apache-2.0). Parity: tests/parity/test_wan_adapters.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from kinema.models.adapters.adapter import Adapter
+from kinema.models.layers import Linear
+from kinema.models.wan_blocks import Block, Context, Stream
+from kinema.models.wan_config import PATCH, WanConfig
+from kinema.tensors import Conditions
+
+if TYPE_CHECKING:
+    from kinema.models.wan import WanDiT
+
+
+class VaceBlock(Block):
+    """A main block with a projection of its output, and for the first one of its input."""
+
+    def __init__(self, config: WanConfig, *, first: bool) -> None:
+        super().__init__(config)
+        if first:
+            self.before_proj = Linear(config.dim, config.dim)
+        self.after_proj = Linear(config.dim, config.dim)
+
+
+@dataclass(frozen=True)
+class VaceState:
+    """tokens_BLD: the embedded context, projected. context: keys and values of the side blocks."""
+
+    tokens_BLD: Tensor
+    context: Context
+    scale: float
+
+
+class Vace(Adapter):
+    """Side block n runs right after main block layers[n], which gives what running them all first would.
+
+    The official code runs all side blocks before the main ones and keeps their outputs; they only depend on the
+    embedded input, so only one output has to exist at a time.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        assert config.vace is not None
+        self.layers = config.vace.layers
+        self.vace_patch_embedding = nn.Conv3d(config.vace.in_channels, config.dim, kernel_size=PATCH, stride=PATCH)
+        self.vace_blocks = nn.ModuleList(VaceBlock(config, first=n == 0) for n in range(len(self.layers)))
+
+    def prepare(self, model: WanDiT, conditions: Conditions) -> VaceState | None:
+        if conditions.vace is None:
+            return None
+        context_BCFhw = conditions.vace.context_BCFhw.to(self.vace_patch_embedding.weight.dtype)
+        cells = self.vace_patch_embedding(context_BCFhw)
+        tokens_BLD = self.blocks[0].before_proj(cells.flatten(2).transpose(1, 2)).float()
+        text_BSD, bias_1S, clip_BVD = model.embed_texts(conditions)
+        kv = tuple(block.cross_attn.project(text_BSD, clip_BVD) for block in self.blocks)
+        return VaceState(tokens_BLD, Context(kv, bias_1S), conditions.vace.scale)
+
+    def embed(self, model: WanDiT, stream: Stream, state: VaceState) -> Stream:
+        if state.tokens_BLD.shape[1] != stream.tokens_BLD.shape[1]:
+            raise ValueError(
+                f"the VACE context has {state.tokens_BLD.shape[1]} tokens, the latents {stream.tokens_BLD.shape[1]}"
+            )
+        return replace(stream, side_BLD=state.tokens_BLD + stream.tokens_BLD)
+
+    def after_block(self, index: int, stream: Stream, context: Context, state: VaceState) -> Stream:
+        if index not in self.layers or stream.side_BLD is None:
+            return stream
+        place = self.layers.index(index)
+        block = self.blocks[place]
+        side_BLD = block(replace(stream, tokens_BLD=stream.side_BLD), state.context, place).tokens_BLD
+        hint_BLD = block.after_proj(side_BLD).to(torch.float32)
+        return replace(stream, tokens_BLD=stream.tokens_BLD + hint_BLD * state.scale, side_BLD=side_BLD)
+
+    def companions(self, index: int) -> Iterable[nn.Module]:
+        return [self.blocks[self.layers.index(index)]] if index in self.layers else []
+
+    @property
+    def blocks(self) -> list[VaceBlock]:
+        return list(self.vace_blocks)  # type: ignore[arg-type]

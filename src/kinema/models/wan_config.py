@@ -1,0 +1,78 @@
+"""Structure of a Wan DiT and of what may be added to it: all that its constructor needs. No modules here.
+
+Field names say what is there, never what task it is for. See `WanConfig` for where values come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PATCH = (1, 2, 2)
+"""Latent frames, rows and columns of one token."""
+
+
+@dataclass(frozen=True)
+class VaceConfig:
+    """Side blocks whose outputs are added after main blocks.
+
+    layers        the main block that each side block follows; the first is 0.
+    in_channels   of its context: inactive latents, reactive latents, mask.
+    """
+
+    layers: tuple[int, ...]
+    in_channels: int = 96
+
+
+@dataclass(frozen=True)
+class CameraConfig:
+    """An adapter that adds a camera's path to the grid.
+
+    in_channels   of its input at pixel size: four frames of six Pluecker coordinates.
+    downscale     pixels that become one latent cell, each way.
+    """
+
+    in_channels: int = 24
+    downscale: int = 8
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """A convolution that turns the latents of a reference image into tokens in front of the video's."""
+
+    in_channels: int
+
+
+ADAPTER_CONFIGS: dict[str, type] = {"vace": VaceConfig, "camera": CameraConfig, "reference": ReferenceConfig}
+"""Fields of WanConfig that hold structures of their own; fields of Conditions of the same name feed them."""
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Structure of one Wan DiT; every field can be read from tensor shapes except `text_len` and `eps`.
+
+    in_channels          noise channels plus those of `Conditions.concat_BCFhw`.
+    has_clip_tokens      cross-attention has its own keys and values for CLIP tokens (2.1 image models).
+    num_clip_positions   rows of the learned position of CLIP tokens: 514 for first-last frame, else 0.
+    vace, camera, ...    structure of each adapter, None where the model has none.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_layers: int
+    in_channels: int
+    out_channels: int
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    has_clip_tokens: bool = False
+    clip_dim: int = 1280
+    num_clip_positions: int = 0
+    head_dim: int = 128
+    eps: float = 1e-6
+    vace: VaceConfig | None = None
+    camera: CameraConfig | None = None
+    reference: ReferenceConfig | None = None
+
+    @property
+    def num_heads(self) -> int:
+        return self.dim // self.head_dim

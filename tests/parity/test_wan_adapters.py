@@ -1,0 +1,167 @@
+"""Adapters of the Wan DiT against tensors of the official code."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from golden_weights import assert_golden, fill, golden, input_tensor
+from kinema.models.layers import rope_table, sinusoid
+from kinema.models.wan import WanConfig, WanDiT
+from kinema.models.wan_config import CameraConfig, ReferenceConfig, VaceConfig
+from kinema.tensors import CameraConditions, Conditions, ReferenceConditions, VaceConditions
+
+VACE = "dit_vace"
+CAMERA = ["dit_fun_camera_21", "dit_fun_camera_22"]
+REFERENCE = ["dit_fun_control_21_ref", "dit_fun_control_22_ref"]
+GOLDENS = [VACE, *CAMERA, *REFERENCE]
+
+
+def load(name: str) -> tuple[WanDiT, Tensor, Tensor, Conditions, Tensor]:
+    """Return (model, x, timesteps, conditions, golden velocity) of one golden file, each a batch of one."""
+    spec, tensors = golden(name)
+    given, shapes, salt = spec["config"], spec["inputs"], spec["salt"]
+    config = WanConfig(
+        given["dim"], given["ffn_dim"], given["num_layers"], given["in_dim"], given["out_dim"], given["text_dim"],
+        given["text_len"], given["freq_dim"], "clip_fea" in shapes,
+        vace=VaceConfig(tuple(given["vace_layers"]), given["vace_in_dim"]) if "vace_layers" in given else None,
+        camera=CameraConfig(given["in_dim_control_adapter"]) if "add_control_adapter" in given else None,
+        reference=ReferenceConfig(given["in_dim_ref_conv"]) if "add_ref_conv" in given else None,
+    )  # fmt: skip
+    model = WanDiT(config).eval()
+    fill(model, salt)
+
+    def given_tensor(key: str) -> Tensor:
+        return input_tensor(key, shapes[key], salt)
+
+    conditions = Conditions(
+        (given_tensor("context0"),),
+        given_tensor("clip_fea") if "clip_fea" in shapes else None,
+        input_tensor("y0", shapes["y"], salt) if "y" in shapes else None,
+        vace=VaceConditions(given_tensor("vace_context0")[None], shapes["vace_context_scale"])
+        if "vace_context0" in shapes
+        else None,
+        camera=CameraConditions(given_tensor("y_camera")) if "y_camera" in shapes else None,
+        reference=ReferenceConditions(given_tensor("full_ref")) if "full_ref" in shapes else None,
+    )
+    return model, given_tensor("x0").reshape(1, 16, 3, 6, 8), torch.tensor(shapes["t"]), conditions, tensors["out0"]
+
+
+@torch.no_grad()
+def velocity(model: WanDiT, x: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+    out: Tensor = model(x, timesteps, model.prepare(conditions))[0]
+    return out
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_golden(name: str):
+    model, x, timesteps, conditions, want = load(name)
+    assert_golden(velocity(model, x, timesteps, conditions), want)
+
+
+# --- planted faults --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_without_the_adapter_fails(name: str):
+    model, x, timesteps, conditions, want = load(name)
+    bare = replace(conditions, vace=None, camera=None, reference=None)
+    with pytest.raises(AssertionError, match="off by"):
+        assert_golden(velocity(model, x, timesteps, bare), want)
+
+
+def test_a_hint_after_the_next_block_fails():
+    model, x, timesteps, conditions, want = load(VACE)
+    model.adapters[0].layers = tuple(layer + 1 for layer in model.adapters[0].layers)
+    with pytest.raises(AssertionError, match="off by"):
+        assert_golden(velocity(model, x, timesteps, conditions), want)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_another_scale_fails(scale: float):
+    model, x, timesteps, conditions, want = load(VACE)
+    other = replace(conditions, vace=VaceConditions(conditions.vace.context_BCFhw, scale))
+    with pytest.raises(AssertionError, match="off by"):
+        assert_golden(velocity(model, x, timesteps, other), want)
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_a_reference_at_the_video_s_first_position_fails(name: str, monkeypatch: pytest.MonkeyPatch):
+    model, x, timesteps, conditions, want = load(name)
+
+    def from_one(grid: tuple[int, int, int], *args: Any, **options: Any) -> Tensor:
+        table = rope_table(grid, *args, **options)
+        return torch.cat([table[12:24], table[:-12]])
+
+    monkeypatch.setattr("kinema.models.adapters.reference.rope_table", from_one)
+    with pytest.raises(AssertionError, match="off by"):
+        assert_golden(velocity(model, x, timesteps, conditions), want)
+
+
+@pytest.mark.parametrize("name", CAMERA)
+def test_frames_before_coordinates_fail(name: str):
+    model, x, timesteps, conditions, want = load(name)
+    pluecker = conditions.camera.pluecker_BCFHW.unflatten(1, (6, 4)).transpose(1, 2).flatten(1, 2)
+    with pytest.raises(AssertionError, match="off by"):
+        assert_golden(velocity(model, x, timesteps, replace(conditions, camera=CameraConditions(pluecker))), want)
+
+
+# --- the hooks ---------------------------------------------------------------------------------------
+
+
+def test_adapters_are_children_of_the_model_once():
+    for name in GOLDENS:
+        model = load(name)[0]
+        (adapter,) = model.adapters
+        own = {f"{child}.{key}" for child, module in adapter.named_children() for key in module.state_dict()}
+        assert own and own < set(model.state_dict())
+        assert len(list(model.parameters())) == len(model.state_dict())
+
+
+def test_any_runner_runs_adapters_and_may_ask_what_goes_with_a_block():
+    model, x, timesteps, conditions, want = load(VACE)
+    carried = []
+
+    def runner(blocks, stream, context):
+        for index, block in enumerate(blocks):
+            carried.append([module for adapter, _ in context.adapters for module in adapter.companions(index)])
+            stream = block(stream, context, index)
+        return stream
+
+    model.run_blocks = runner
+    assert_golden(velocity(model, x, timesteps, conditions), want)
+    assert carried == [[model.vace_blocks[0]], [], [model.vace_blocks[1]], []]
+
+
+@torch.no_grad()
+def test_reference_tokens_are_noisy_where_the_first_frame_is_clean():
+    """With one row a token, as VideoX-Fun fills its 2-D timesteps: the last one for the reference, 0 for frame 0."""
+    model, x, timesteps, conditions, _ = load("dit_fun_control_22_ref")
+    context = replace(model.prepare(conditions), clean_frames=1)
+    stream = model.embed(x, torch.tensor([[0.0, 731.25]]), (12, 24), context)
+    assert stream.segments == (12, 12, 24) and stream.front == 12
+    time = model.time_embedding(sinusoid(torch.tensor([[731.25, 0.0, 731.25]]), model.config.freq_dim))
+    assert_golden(stream.time_BRD, time, 1e-6)
+    assert stream.video().segments == (0, 12, 24)
+    assert torch.equal(model(x, timesteps, context), model.unembed(model.run_blocks(model.blocks, stream, context)))
+
+
+def test_wrong_conditions_are_refused():
+    model, x, timesteps, conditions, _ = load(VACE)
+    short = VaceConditions(conditions.vace.context_BCFhw[:, :, 1:])
+    with pytest.raises(ValueError, match="VACE context has 24 tokens, the latents 36"):
+        velocity(model, x, timesteps, replace(conditions, vace=short))
+    with pytest.raises(ValueError, match="takes no camera conditions"):
+        model.prepare(replace(conditions, camera=CameraConditions(torch.zeros(1, 24, 3, 48, 64))))
+
+
+def test_conditions_move_with_all_they_hold():
+    for name in GOLDENS:
+        moved = load(name)[3].to("meta")
+        for part in (moved.vace, moved.camera, moved.reference):
+            assert part is None or next(iter(vars(part).values())).is_meta
+        assert moved.text[0].is_meta
