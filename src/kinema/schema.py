@@ -85,7 +85,7 @@ class Request(Frozen):
     face: Path | None = _field("media", "Face video.")
     background: Path | None = _field("media", "Background video.")
     audio: Path | None = _field("media", "Speech or music.")
-    camera: str | None = _field("media", "Camera move or pose file.")
+    camera: str | None = _field("media", 'Camera moves, such as "pan left" or "static 1s; dolly in", or a pose file.')
     video: Path | None = _field("media", "Source video.")
     one_frame: str | None = _field("media", "One-frame inference, for example target_index=1,control_index=0.")
 
@@ -157,12 +157,13 @@ class FileFacts(Frozen):
 class MediaFacts(Frozen):
     """What one input image, video or sound says of itself. Sizes are after rotation metadata.
 
+    frames         of a camera file, the poses in it.
     fps            of a video, the mean where its rate varies; None where there is no time, as in a folder of frames.
     seconds        from the first frame's start to the last one's end.
     """
 
     path: Path
-    kind: Literal["image", "video", "audio"]
+    kind: Literal["image", "video", "audio", "camera"]
     width: int = 0
     height: int = 0
     frames: int = 1
@@ -320,6 +321,25 @@ class ImagePlan(Frozen):
     filter: Literal["lanczos", "bicubic"]
 
 
+class CameraSegment(Frozen):
+    """A stretch of frames in which the camera moves evenly: what each frame adds, in the camera's own axes.
+
+    shift  right, down and forward, in the unit of the published presets (their total is 1.5 over 81 frames).
+    turn   rotation vector about those axes, in radians: up, right and clockwise are positive.
+    """
+
+    frames: int
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    turn: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
+class CameraPlan(Frozen):
+    """What the camera does in every frame: the segments, or as many poses of the file at `path`."""
+
+    segments: tuple[CameraSegment, ...]
+    path: Path | None = None
+
+
 class Plan(Frozen):
     """Every decision of a run, no tensors. `kinema plan` prints it; the output file carries it; replay runs it.
 
@@ -343,6 +363,7 @@ class Plan(Frozen):
     text_len: int
     images: tuple[ImagePlan, ...] = ()
     first_frame: Literal["none", "concat", "overwrite"] = "none"
+    camera: CameraPlan | None = None
     width: int
     height: int
     frames: int
@@ -375,6 +396,7 @@ class Plan(Frozen):
         refs = [ref for ref in (*self.experts.values(), self.vae, self.text_encoder, self.clip_vision) if ref]
         weights = [file for ref in refs for file in ref.files]
         others = [self.text_encoder.tokenizer, *(image.path for image in self.images)]
+        others += [self.camera.path] if self.camera else []
         return tuple(dict.fromkeys([*weights, *(file for file in others if file)]))
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from kinema.catalog import find_entry, find_files, load_catalog, matching_entries
 from kinema.catalog.installed import missing
 from kinema.errors import CatalogError, RequestError
+from kinema.media.camera import pose_facts
 from kinema.media.image import read_image
 from kinema.media.video import probe
 from kinema.models.tokenizer import Tokenizer
 from kinema.planning import MEDIA_FIELDS, check_media, output_folder
+from kinema.planning.camera import is_pose_file
 from kinema.runtime.machine import probe_machine
 from kinema.schema import CatalogEntry, Facts, FileFacts, MediaFacts, Request, Settings
 from kinema.weights.detect import find_tokenizer, inspect, resolve_folder
@@ -207,6 +209,8 @@ def _cut(request: Request, entry: CatalogEntry, tokenizer: Tokenizer) -> dict[st
 
 def _given(request: Request, field: str) -> Iterable[Path]:
     value = getattr(request, field)
+    if field == "camera" and value and is_pose_file(value):
+        return (Path(value),)
     if not value or isinstance(value, str):
         return ()
     return value if isinstance(value, tuple) else (value,)
@@ -215,6 +219,8 @@ def _given(request: Request, field: str) -> Iterable[Path]:
 def _media(field: str, path: Path) -> MediaFacts:
     if not path.is_file() and (field in IMAGE_FIELDS or not path.is_dir()):
         raise RequestError(f"--{field.replace('_', '-')} {path}: no such file", _near(path), field=field, got=str(path))
+    if field == "camera":
+        return pose_facts(path)
     return read_image(path)[1] if field in IMAGE_FIELDS else probe(path)
 
 

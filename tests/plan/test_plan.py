@@ -31,7 +31,9 @@ CASES = {
 def summary(made: Plan) -> dict[str, object]:
     """The decisions of a plan, without what depends on versions or on cost arithmetic."""
     kept = made.model_dump(
-        mode="json", exclude={"kinema", "request", "costs", "versions", "hashes", "output", "notes", "steps"}
+        mode="json",
+        exclude_none=True,
+        exclude={"kinema", "request", "costs", "versions", "hashes", "output", "notes", "steps"},
     )
     steps = made.steps
     return {

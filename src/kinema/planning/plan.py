@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kinema.errors import MachineError, RequestError
+from kinema.planning.camera import plan_camera
 from kinema.planning.checks import check_components, check_media
 from kinema.planning.cost import estimate
 from kinema.planning.geometry import LATENT_CHANNELS, PATCH, SPATIAL_STRIDE, latent_frames
@@ -75,6 +76,7 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         text_len=entry.text_len,
         images=plan_images(request, entry, facts, (width, height), notes),
         first_frame=_first_frame(request, entry, facts),
+        camera=plan_camera(request.camera, next(iter(facts.media.get("camera", ())), None), frames, fps, notes),
         width=width,
         height=height,
         frames=frames,
