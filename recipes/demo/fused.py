@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from kinema.models import wan
-from kinema.models.wan import Context, Stream, WanDiT
+from kinema.models import wan_blocks
+from kinema.models.wan import Block, Context, Stream, WanDiT
 
 
 def rotate(x_BLNK: Tensor, rope_LK: Tensor) -> Tensor:
@@ -29,16 +29,18 @@ def attention(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor, attn_mask: Tensor 
 
 
 def compile_blocks(dit: WanDiT) -> None:
-    """Swap the block runner of `dit` for one compiled block, run once for each set of weights."""
+    """Swap the forward of each block of `dit` for one that is compiled, run once for each set of weights."""
     torch._dynamo.config.recompile_limit = 32
-    wan.rotate = rotate  # type: ignore[assignment]  # only for this process, which only trains
-    wan.F.scaled_dot_product_attention = attention
-    step = torch.compile(lambda block, stream, context: block(stream, context, 0).tokens_BLD, dynamic=False)
+    wan_blocks.rotate = rotate  # type: ignore[assignment]  # only for this process, which only trains
+    wan_blocks.F.scaled_dot_product_attention = attention
+    one = torch.compile(
+        lambda block, stream, context: Block.forward(block, stream, context, 0).tokens_BLD, dynamic=False
+    )
 
-    def run(blocks: Iterable[nn.Module], stream: Stream, context: Context) -> Stream:
+    def forward(block: nn.Module, stream: Stream, context: Context, index: int) -> Stream:
         stream = replace(stream, rope_LK=torch.view_as_real(stream.rope_LK), attention=attention)
-        for block, kv in zip(blocks, context.kv, strict=True):
-            stream = replace(stream, tokens_BLD=step(block, stream, replace(context, kv=(kv,))))
-        return stream
+        tokens_BLD = one(block, stream, replace(context, kv=(context.kv[index],)))
+        return replace(stream, rope_LK=torch.view_as_complex(stream.rope_LK), tokens_BLD=tokens_BLD)
 
-    dit.run_blocks = run
+    for block in dit.blocks:
+        block.forward = partial(forward, block)

@@ -367,7 +367,8 @@ def _located(error: NumericsError, last: ops.LastCall | None) -> NumericsError:
     if last is None:
         return error
     timesteps = torch.full((last.x_BCFhw.shape[0],), last.timestep, device=last.x_BCFhw.device)
-    layer = first_nonfinite(last.model, last.x_BCFhw, timesteps, last.context)
+    layers = (first_nonfinite(last.model, last.x_BCFhw, timesteps, context) for context in last.contexts)
+    layer = next((layer for layer in layers if layer is not None), None)
     if layer is None:
         return error
     return NumericsError(

@@ -6,7 +6,7 @@ What they do is written in the Plan; in which order, and what stays loaded, is t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +92,7 @@ class LastCall:
     model: WanDiT
     x_BCFhw: Tensor
     timestep: float
-    context: Context
+    contexts: tuple[Context, ...]
 
 
 class Velocity:
@@ -100,24 +100,36 @@ class Velocity:
 
     load        expert -> loaded WanDiT.
     conditions  by branch.
+    together    run all branches of a step through a block before the next block: for weights that have to be brought.
+                It costs the tokens of one more branch.
     """
 
     def __init__(
-        self, load: Callable[[Expert], WanDiT], conditions: Mapping[Branch, Conditions], device: torch.device
+        self,
+        load: Callable[[Expert], WanDiT],
+        conditions: Mapping[Branch, Conditions],
+        device: torch.device,
+        together: bool = False,
     ) -> None:
-        self._load, self._conditions, self._device = load, conditions, device
+        self._load, self._conditions, self._device, self._together = load, conditions, device, together
         self._contexts: dict[tuple[Expert, Branch], Context] = {}
         self._current: tuple[Expert, WanDiT] | None = None
         self.last: LastCall | None = None
 
-    def __call__(self, step: PlanStep, branch: Branch, x_BCFhw: Tensor) -> Tensor:
+    def __call__(self, step: PlanStep, branches: Sequence[Branch], x_BCFhw: Tensor) -> list[Tensor]:
         model = self._model(step.expert)
-        key = (step.expert, branch)
+        contexts = tuple(self._context(model, step.expert, branch) for branch in branches)
+        self.last = LastCall(model, x_BCFhw, step.timestep, contexts)
+        timesteps = torch.full((x_BCFhw.shape[0],), step.timestep, device=self._device)
+        if self._together:
+            return list(model(x_BCFhw, timesteps, *contexts).chunk(len(contexts)))
+        return [model(x_BCFhw, timesteps, context) for context in contexts]
+
+    def _context(self, model: WanDiT, expert: Expert, branch: Branch) -> Context:
+        key = (expert, branch)
         if key not in self._contexts:
             self._contexts[key] = model.prepare(self._conditions[branch].to(self._device))
-        context = self._contexts[key]
-        self.last = LastCall(model, x_BCFhw, step.timestep, context)
-        return model(x_BCFhw, torch.full((x_BCFhw.shape[0],), step.timestep, device=self._device), context)
+        return self._contexts[key]
 
     def _model(self, expert: Expert) -> WanDiT:
         if self._current is None or self._current[0] != expert:

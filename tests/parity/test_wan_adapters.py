@@ -13,6 +13,7 @@ from golden_weights import assert_golden, fill, golden, input_tensor
 from kinema.models.layers import rope_table, sinusoid
 from kinema.models.wan import WanConfig, WanDiT
 from kinema.models.wan_config import CameraConfig, ReferenceConfig, VaceConfig
+from kinema.runtime.blocks import BlockStream, Ring
 from kinema.tensors import CameraConditions, Conditions, ReferenceConditions, VaceConditions
 
 VACE = "dit_vace"
@@ -122,19 +123,15 @@ def test_adapters_are_children_of_the_model_once():
         assert len(list(model.parameters())) == len(model.state_dict())
 
 
-def test_any_runner_runs_adapters_and_may_ask_what_goes_with_a_block():
+def test_modules_that_go_with_a_block_are_those_its_visit_uses():
     model, x, timesteps, conditions, want = load(VACE)
-    carried = []
-
-    def runner(blocks, stream, context):
-        for index, block in enumerate(blocks):
-            carried.append([module for adapter, _ in context.adapters for module in adapter.companions(index)])
-            stream = block(stream, context, index)
-        return stream
-
-    model.run_blocks = runner
+    groups = model.block_groups()
+    assert [group[1:] for group in groups] == [[model.vace_blocks[0]], [], [model.vace_blocks[1]], []]
+    stream = BlockStream(groups, Ring("cpu"))
+    model.run_blocks = stream
+    assert all(tensor.is_meta for group in groups for module in group for tensor in module.parameters())
     assert_golden(velocity(model, x, timesteps, conditions), want)
-    assert carried == [[model.vace_blocks[0]], [], [model.vace_blocks[1]], []]
+    stream.ring.close()
 
 
 @torch.no_grad()
@@ -147,7 +144,7 @@ def test_reference_tokens_are_noisy_where_the_first_frame_is_clean():
     time = model.time_embedding(sinusoid(torch.tensor([[731.25, 0.0, 731.25]]), model.config.freq_dim))
     assert_golden(stream.time_BRD, time, 1e-6)
     assert stream.video().segments == (0, 12, 24)
-    assert torch.equal(model(x, timesteps, context), model.unembed(model.run_blocks(model.blocks, stream, context)))
+    assert torch.equal(model(x, timesteps, context), model.unembed(model.through_blocks((stream,), (context,))[0]))
 
 
 def test_wrong_conditions_are_refused():

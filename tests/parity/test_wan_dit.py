@@ -248,15 +248,23 @@ def test_attention_and_runner_are_swapped_without_touching_the_model():
         seen.append(tuple(q.shape))
         return sdpa(q, k, v)
 
-    def runner(blocks, stream, context):
+    def runner(blocks, step, state):
         for index, block in enumerate(blocks):
             seen.append(index)
-            stream = block(stream, context, index)
-        return stream
+            state = step(block, index, state)
+        return state
 
     model.attention, model.run_blocks = core, runner
     assert_golden(velocity(model, x, timesteps, conditions), want)
-    assert seen == [0, (2, 2, 36, 128), 1, (2, 2, 36, 128)]
+    assert seen == [0, 1, 0, (2, 2, 36, 128), 1, (2, 2, 36, 128)], "once for the context, once for the forward"
+
+
+def test_several_contexts_at_once_give_each_ones_velocity():
+    model, x, timesteps, conditions, _ = load("dit_t2v")
+    first = model.prepare(conditions)
+    second = model.prepare(replace(conditions, text=tuple(reversed(conditions.text))))
+    together = model(x, timesteps, first, second)
+    assert torch.equal(together, torch.cat([model(x, timesteps, first), model(x, timesteps, second)]))
 
 
 def test_wrong_inputs_are_refused():

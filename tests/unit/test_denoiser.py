@@ -35,8 +35,13 @@ def velocity(step, branch, x):
     return torch.tanh(gain * x + push) + 0.1 * x.mean() + step.timestep / 5000
 
 
+def each(model):
+    """What the denoiser asks: the velocities of several branches."""
+    return lambda step, branches, x: [model(step, branch, x) for branch in branches]
+
+
 def finished(steps, model=velocity, clean=None, solver="unipc"):
-    *_, last = sample(steps, solver, noise(7, SHAPE), model, clean)
+    *_, last = sample(steps, solver, noise(7, SHAPE), each(model), clean)
     return last.x
 
 
@@ -111,7 +116,7 @@ def test_a_planted_non_finite_value_is_caught_at_its_step(solver, bad_step, valu
 
     steps, done = plan_steps(solver), []
     with pytest.raises(NumericsError) as caught:
-        done.extend(sample(steps, solver, noise(7, SHAPE), planted))
+        done.extend(sample(steps, solver, noise(7, SHAPE), each(planted)))
     details = caught.value.details
     assert len(done) == bad_step == details["step"]
     assert (details["sigma"], details["expert"]) == (steps[bad_step].sigma, steps[bad_step].expert)
@@ -133,7 +138,7 @@ def test_clean_latents_are_in_everything_seen_and_everything_yielded():
         return velocity(step, branch, x)
 
     steps = plan_steps(boundary=None)
-    done = list(sample(steps, "unipc", noise(7, SHAPE), watching, clean))
+    done = list(sample(steps, "unipc", noise(7, SHAPE), each(watching), clean))
     assert len(seen) == 2 * len(steps) and all(torch.equal(x, clean) for x in seen)
     assert all(torch.equal(step.x[:, :, :1], clean) and torch.equal(step.x0[:, :, :1], clean) for step in done)
     assert (done[-1].x - finished(steps)).abs()[:, :, 1:].max() > 1e-3, "the clean frame must reach the others"

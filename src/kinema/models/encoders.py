@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.errors import CheckpointError, NumericsError, RequestError
-from kinema.models.layers import LayerNorm, Linear
+from kinema.models.layers import LayerNorm, Linear, RunBlocks, run_in_order
 from kinema.models.tokenizer import Tokenizer
 
 # --- umT5 ------------------------------------------------------------------------------------------
@@ -145,12 +145,17 @@ class T5Block(nn.Module):
 class UMT5(nn.Module):
     """umT5 encoder: token ids to features. Trainable; dropout is left out.
 
+    run_blocks   as in `WanDiT`.
+
     Source: Wan-Video/Wan2.2 wan/modules/t5.py (Apache-2.0). Parity: tests/parity/test_encoders.py.
     """
+
+    run_blocks: RunBlocks
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.run_blocks = run_in_order
         self.token_embedding = nn.Embedding(config.vocab, config.dim)
         self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.num_layers))
         self.norm = T5Norm(config.dim, config.eps)
@@ -161,15 +166,18 @@ class UMT5(nn.Module):
         mask_BS  1 at tokens, 0 at padding, whose rows of the result mean nothing. None: no padding. Rows of true length
                  and rows padded under a mask give the same features, for padding is never attended.
         """
-        device = self.token_embedding.weight.device
-        mask_B11S = None if mask_BS is None else mask_BS.to(device, torch.bool)[:, None, None, :]
-        x_BSD = self.token_embedding(ids_BS.to(device)).float()
-        for block in self.blocks:
-            x_BSD = block(x_BSD, mask_B11S)
+        mask_B11S = None if mask_BS is None else mask_BS.to(self.norm.weight.device, torch.bool)[:, None, None, :]
+        # The table, a fifth of the model for a few hundred rows, may stay on the host and as its file stores it.
+        x_BSD = self.token_embedding(ids_BS.to(self.token_embedding.weight.device)).to(self.norm.weight).float()
+        x_BSD = self.run_blocks(self.blocks, lambda block, _, x_BSD: block(x_BSD, mask_B11S), x_BSD)
         features_BSD: Tensor = self.norm(x_BSD)
         return features_BSD
 
     forward = encode
+
+    def block_groups(self) -> list[list[nn.Module]]:
+        """As in `WanDiT`."""
+        return [[block] for block in self.blocks]
 
 
 def distance_buckets(num_tokens: int, num_buckets: int, max_distance: int) -> Tensor:
@@ -274,12 +282,15 @@ class ClipVision(nn.Module):
     Source: Wan-Video/Wan2.1 wan/modules/clip.py (Apache-2.0). Parity: tests/parity/test_encoders.py.
     """
 
+    run_blocks: RunBlocks
+
     MEAN = (0.48145466, 0.4578275, 0.40821073)
     STD = (0.26862954, 0.26130258, 0.27577711)
 
     def __init__(self, config: ClipVisionConfig) -> None:
         super().__init__()
         self.config = config
+        self.run_blocks = run_in_order
         num_tokens = (config.image_size // config.patch_size) ** 2 + 1
         self.patch_embedding = nn.Conv2d(3, config.dim, config.patch_size, config.patch_size, bias=False)
         self.cls_embedding = nn.Parameter(torch.zeros(1, 1, config.dim))
@@ -301,10 +312,11 @@ class ClipVision(nn.Module):
         patches: Tensor = self.patch_embedding(pixels_BCHW.to(weight.device, weight.dtype))
         cls = self.cls_embedding.expand(len(patches), -1, -1)
         x_BVD: Tensor = torch.cat([cls.float(), patches.flatten(2).transpose(1, 2).float()], dim=1) + self.pos_embedding
-        x_BVD = self.pre_norm(x_BVD)
-        for block in self.transformer:
-            x_BVD = block(x_BVD)
-        return x_BVD
+        return self.run_blocks(self.transformer, lambda block, _, x_BVD: block(x_BVD), self.pre_norm(x_BVD))
+
+    def block_groups(self) -> list[list[nn.Module]]:
+        """As in `WanDiT`."""
+        return [[block] for block in self.transformer]
 
 
 # --- after loading -----------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ Shape letters: B batch, L tokens, S text tokens, D width, N heads, K head dim, R
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,26 @@ from torch import Tensor, nn
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """attention(q_BNLK, k_BNLK, v_BNLK) -> BNLK: softmax(q k^T / sqrt(K)) v, in the inputs' dtype."""
+
+State = TypeVar("State")
+
+
+class RunBlocks(Protocol):
+    """run_blocks(blocks, step, state) -> state after `state = step(block, index, state)` of each block in order.
+
+    Within `step`, and only there, the weights of the block are on the device: a runner may bring them from elsewhere.
+    """
+
+    def __call__(
+        self, blocks: Iterable[nn.Module], step: Callable[[nn.Module, int, State], State], state: State, /
+    ) -> State: ...
+
+
+def run_in_order(blocks: Iterable[nn.Module], step: Callable[[nn.Module, int, State], State], state: State) -> State:
+    """Run blocks whose weights are where they belong: the default of every model."""
+    for index, block in enumerate(blocks):
+        state = step(block, index, state)
+    return state
 
 
 class Linear(nn.Linear):

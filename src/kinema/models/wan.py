@@ -19,7 +19,7 @@ from kinema.models.adapters.adapter import Adapter
 from kinema.models.adapters.camera import Camera
 from kinema.models.adapters.reference import Reference
 from kinema.models.adapters.vace import Vace
-from kinema.models.layers import Attention, Linear, rope_table, sdpa, sinusoid
+from kinema.models.layers import Attention, Linear, RunBlocks, rope_table, run_in_order, sdpa, sinusoid
 from kinema.models.wan_blocks import Block, ClipEmbedding, Context, Head, Stream, pad_texts
 from kinema.models.wan_config import ADAPTER_CONFIGS, PATCH, WanConfig
 from kinema.tensors import Conditions
@@ -46,24 +46,17 @@ def stays_float32(key: str) -> bool:
     return key.startswith(FLOAT32_PARTS) or name[-1] in ("modulation", "emb_pos") or "norm" in name[-2]
 
 
-def run_in_order(blocks: Iterable[nn.Module], stream: Stream, context: Context) -> Stream:
-    """Run every block once: the default of `WanDiT.run_blocks`."""
-    for index, block in enumerate(blocks):
-        stream = block(stream, context, index)
-    return stream
-
-
 class WanDiT(nn.Module):
     """Velocity of Wan latents under text, and whatever else `Conditions` may hold and the configuration names.
 
     attention    self-attention core, read at every forward: see `layers.Attention`.
-    run_blocks   run_blocks(blocks, stream, context) -> Stream.
+    run_blocks   has the weights of each block at hand while it is used: see `layers.RunBlocks`.
 
     Forward and `prepare` may be differentiated; nothing is kept on the model between calls.
     """
 
     attention: Attention
-    run_blocks: Callable[[Iterable[nn.Module], Stream, Context], Stream]
+    run_blocks: RunBlocks
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -107,12 +100,22 @@ class WanDiT(nn.Module):
         clean = conditions.clean_BCFhw
         states = ((adapter, adapter.prepare(self, conditions)) for adapter in self.adapters)
         return Context(
-            tuple(block.cross_attn.project(text_BSD, clip_BVD) for block in cast(Iterable[Block], self.blocks)),
+            self.project(self.blocks, text_BSD, clip_BVD),
             bias_1S,
             conditions.concat_BCFhw,
             clean_frames=0 if clean is None else clean.shape[2],
             adapters=tuple((adapter, state) for adapter, state in states if state is not None),
         )
+
+    def project(
+        self, blocks: Iterable[nn.Module], text_BSD: Tensor, clip_BVD: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        """Return the keys and values of these blocks for rows that `embed_texts` made."""
+
+        def step(block: nn.Module, _: int, kv: tuple[tuple[Tensor, ...], ...]) -> tuple[tuple[Tensor, ...], ...]:
+            return (*kv, cast(Block, block).cross_attn.project(text_BSD, clip_BVD))
+
+        return self.run_blocks(blocks, step, ())
 
     def embed_texts(self, conditions: Conditions) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return rows that blocks attend to, as wide as the model: text_BSD, its attention bias_1S, and clip_BVD.
@@ -171,12 +174,26 @@ class WanDiT(nn.Module):
         velocity: Tensor = patches.permute(0, 7, 1, 4, 2, 5, 3, 6)
         return velocity.flatten(6, 7).flatten(4, 5).flatten(2, 3).float()
 
-    def forward(self, x_BCFhw: Tensor, timesteps_B: Tensor, context: Context) -> Tensor:
-        """Return velocity_BCFhw, float32: noise minus clean latents.
+    def forward(self, x_BCFhw: Tensor, timesteps_B: Tensor, *contexts: Context) -> Tensor:
+        """Return velocity_BCFhw, float32: noise minus clean latents; of several contexts one after the other, in B.
 
         x_BCFhw       noisy latents, their first `context.clean_frames` frames already overwritten by the clean ones.
         timesteps_B   in [0, 1000].
+        contexts      of several guidance branches, all of which pass a block before the next one's turn: where weights
+                      have to be brought, they are brought once.
         """
+        streams = tuple(self._enter(x_BCFhw, timesteps_B, context) for context in contexts)
+        return torch.cat([self.unembed(stream) for stream in self.through_blocks(streams, contexts)])
+
+    def through_blocks(self, streams: tuple[Stream, ...], contexts: tuple[Context, ...]) -> tuple[Stream, ...]:
+        """Return the streams after all blocks, each under its own context."""
+
+        def step(block: nn.Module, index: int, streams: tuple[Stream, ...]) -> tuple[Stream, ...]:
+            return tuple(block(stream, context, index) for stream, context in zip(streams, contexts, strict=True))
+
+        return self.run_blocks(self.blocks, step, streams)
+
+    def _enter(self, x_BCFhw: Tensor, timesteps_B: Tensor, context: Context) -> Stream:
         _, _, frames, height, width = x_BCFhw.shape
         per_frame = (height // PATCH[1]) * (width // PATCH[2])
         clean, noisy = context.clean_frames * per_frame, (frames - context.clean_frames) * per_frame
@@ -185,6 +202,11 @@ class WanDiT(nn.Module):
         if clean:
             timesteps_BR = torch.cat([torch.zeros_like(timesteps_BR), timesteps_BR], dim=1)
             segments = (clean, noisy)
-        stream = self.embed(x_BCFhw, timesteps_BR, segments, context)
-        stream = self.run_blocks(self.blocks, stream, context)
-        return self.unembed(stream)
+        return self.embed(x_BCFhw, timesteps_BR, segments, context)
+
+    def block_groups(self) -> list[list[nn.Module]]:
+        """Return each block with the modules of adapters that run with it: what moves its weights moves theirs."""
+        return [
+            [block, *(module for adapter in self.adapters for module in adapter.companions(index))]
+            for index, block in enumerate(self.blocks)
+        ]

@@ -20,9 +20,9 @@ Branch = Literal["cond", "uncond"]
 
 
 class ExpertVelocity(Protocol):
-    """velocity(step, branch, x_BCFhw) -> velocity_BCFhw: one forward of the model that `step` names."""
+    """velocity(step, branches, x_BCFhw) -> velocity_BCFhw of each branch, by the model that `step` names."""
 
-    def __call__(self, step: PlanStep, branch: Branch, x_BCFhw: Tensor, /) -> Tensor: ...
+    def __call__(self, step: PlanStep, branches: Sequence[Branch], x_BCFhw: Tensor, /) -> Sequence[Tensor]: ...
 
 
 class Denoiser:
@@ -43,11 +43,11 @@ class Denoiser:
 
     def __call__(self, x_BCFhw: Tensor, index: int) -> Tensor:
         step = self.steps[index]
-        x_BCFhw = self.impose(x_BCFhw)
-        v_BCFhw = self._branch(index, "cond", x_BCFhw)
-        if step.guidance != 1.0:
-            v_BCFhw = cfg(v_BCFhw, self._branch(index, "uncond", x_BCFhw), step.guidance)
-        return v_BCFhw
+        branches: tuple[Branch, ...] = ("cond",) if step.guidance == 1.0 else ("cond", "uncond")
+        velocities = [v_BCFhw.float() for v_BCFhw in self.velocity(step, branches, self.impose(x_BCFhw))]
+        for branch, v_BCFhw in zip(branches, velocities, strict=True):
+            self.check(v_BCFhw, index, f"the {branch} velocity")
+        return velocities[0] if len(velocities) == 1 else cfg(velocities[0], velocities[1], step.guidance)
 
     def impose(self, x_BCFhw: Tensor) -> Tensor:
         """Return x with its first latent frames replaced by the clean ones."""
@@ -71,12 +71,6 @@ class Denoiser:
             expert=step.expert,
             what=what,
         )
-
-    def _branch(self, index: int, branch: Branch, x_BCFhw: Tensor) -> Tensor:
-        step = self.steps[index]
-        v_BCFhw = self.velocity(step, branch, x_BCFhw).float()
-        self.check(v_BCFhw, index, f"the {branch} velocity")
-        return v_BCFhw
 
 
 def sample(

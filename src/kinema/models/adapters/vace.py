@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +59,17 @@ class Vace(Adapter):
         if conditions.vace is None:
             return None
         context_BCFhw = conditions.vace.context_BCFhw.to(self.vace_patch_embedding.weight.dtype)
-        cells = self.vace_patch_embedding(context_BCFhw)
-        tokens_BLD = self.blocks[0].before_proj(cells.flatten(2).transpose(1, 2)).float()
+        cells_BLD: Tensor = self.vace_patch_embedding(context_BCFhw).flatten(2).transpose(1, 2)
+
+        def project(block: nn.Module, _: int, cells_BLD: Tensor) -> Tensor:
+            tokens_BLD: Tensor = cast(VaceBlock, block).before_proj(cells_BLD)
+            return tokens_BLD.float()
+
+        tokens_BLD = model.run_blocks(self.blocks[:1], project, cells_BLD)
         text_BSD, bias_1S, clip_BVD = model.embed_texts(conditions)
-        kv = tuple(block.cross_attn.project(text_BSD, clip_BVD) for block in self.blocks)
-        return VaceState(tokens_BLD, Context(kv, bias_1S), conditions.vace.scale)
+        return VaceState(
+            tokens_BLD, Context(model.project(self.blocks, text_BSD, clip_BVD), bias_1S), conditions.vace.scale
+        )
 
     def embed(self, model: WanDiT, stream: Stream, state: VaceState) -> Stream:
         if state.tokens_BLD.shape[1] != stream.tokens_BLD.shape[1]:
