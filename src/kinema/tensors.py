@@ -44,6 +44,18 @@ class ReferenceConditions:
 
 
 @dataclass(frozen=True)
+class AnimateConditions:
+    """What Animate is told of a segment.
+
+    pose_BCFhw   normalised latents of the skeleton video: one frame fewer than the noise, whose first is the reference.
+    face_BCTHW   face crops in [-1, 1], 4n+1 for n+1 of those latent frames; or a single one that stands for all.
+    """
+
+    pose_BCFhw: Tensor
+    face_BCTHW: Tensor
+
+
+@dataclass(frozen=True)
 class Conditions:
     """What one guidance branch of a DiT is conditioned on, constant over a run. Batched; CPU or device tensors.
 
@@ -61,6 +73,7 @@ class Conditions:
     vace: VaceConditions | None = None
     camera: CameraConditions | None = None
     reference: ReferenceConditions | None = None
+    animate: AnimateConditions | None = None
 
     def to(self, device: torch.device | str) -> Conditions:
         return cast(Conditions, _moved(self, device))

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from kinema.models.adapters.adapter import Adapter
+from kinema.models.adapters.animate import Animate
 from kinema.models.adapters.camera import Camera
+from kinema.models.adapters.motion import blur_kernel
 from kinema.models.adapters.reference import Reference
 from kinema.models.adapters.vace import Vace
 from kinema.models.layers import Attention, Linear, RunBlocks, rope_table, run_in_order, sdpa, sinusoid
@@ -24,15 +26,23 @@ from kinema.models.wan_blocks import Block, ClipEmbedding, Context, Head, Stream
 from kinema.models.wan_config import ADAPTER_CONFIGS, PATCH, WanConfig
 from kinema.tensors import Conditions
 
-__all__ = ["Block", "Context", "Head", "Stream", "WanConfig", "WanDiT", "pad_texts", "stays_float32"]
+__all__ = ["Block", "Context", "Head", "Stream", "WanConfig", "WanDiT", "constant", "pad_texts", "stays_float32"]
 
-ADAPTERS: dict[str, Callable[[WanConfig], Adapter]] = {"vace": Vace, "camera": Camera, "reference": Reference}
+ADAPTERS: dict[str, Callable[[WanConfig], Adapter]] = {
+    "vace": Vace,
+    "camera": Camera,
+    "reference": Reference,
+    "animate": Animate,
+}
 """What each field of WanConfig in ADAPTER_CONFIGS adds; in this order they change the stream."""
 
 FLOAT32_PARTS = (
     "patch_embedding.",
     "vace_patch_embedding.",
     "ref_conv.",
+    "pose_patch_embedding.",
+    "motion_encoder.",
+    "face_encoder.",
     "time_embedding.",
     "time_projection.",
     "head.",
@@ -44,6 +54,11 @@ def stays_float32(key: str) -> bool:
     """Whether the parameter `key` stays float32 in fast mode: all but the matrices of blocks, text and CLIP MLPs."""
     name = key.rsplit(".", 2)
     return key.startswith(FLOAT32_PARTS) or name[-1] in ("modulation", "emb_pos") or "norm" in name[-2]
+
+
+def constant(key: str) -> Tensor | None:
+    """Return the value of a tensor that never varies, so that a file may leave it out; None for all others."""
+    return blur_kernel() if key.startswith("motion_encoder.") and key.endswith(".kernel") else None
 
 
 class WanDiT(nn.Module):

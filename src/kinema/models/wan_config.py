@@ -42,7 +42,38 @@ class ReferenceConfig:
     in_channels: int
 
 
-ADAPTER_CONFIGS: dict[str, type] = {"vace": VaceConfig, "camera": CameraConfig, "reference": ReferenceConfig}
+@dataclass(frozen=True)
+class AnimateConfig:
+    """A skeleton added to the grid, and a face encoder whose tokens every few blocks attend to.
+
+    channels       of the motion encoder, one after each halving of the face; the last of 4 x 4 pixels.
+    motion_width   of a motion vector.
+    motion_dim     amplitudes a motion vector is made of.
+    face_width     of one head of the face encoder; face_heads: how many, each a token a latent frame.
+    interval       a face block after main blocks 0, interval, 2 * interval, ...
+    pose_channels  of the skeleton's latents.
+    """
+
+    channels: tuple[int, ...] = (32, 64, 128, 256, 512, 512, 512, 512)
+    motion_width: int = 512
+    motion_dim: int = 20
+    face_width: int = 1024
+    face_heads: int = 4
+    interval: int = 5
+    pose_channels: int = 16
+
+    @property
+    def face_size(self) -> int:
+        """Side of a face crop in pixels."""
+        return 4 * 2 ** (len(self.channels) - 1)
+
+
+ADAPTER_CONFIGS: dict[str, type] = {
+    "vace": VaceConfig,
+    "camera": CameraConfig,
+    "reference": ReferenceConfig,
+    "animate": AnimateConfig,
+}
 """Fields of WanConfig that hold structures of their own; fields of Conditions of the same name feed them."""
 
 
@@ -72,6 +103,7 @@ class WanConfig:
     vace: VaceConfig | None = None
     camera: CameraConfig | None = None
     reference: ReferenceConfig | None = None
+    animate: AnimateConfig | None = None
 
     @property
     def num_heads(self) -> int:

@@ -24,7 +24,7 @@ class Rule:
     """File names that match `pattern` whole are the official tensor `official` (a template of re.sub).
 
     part       its place among several that are joined along axis 0.
-    lead       axes of size 1 to put in front of its shape.
+    lead       axes of size 1 to put in front of its shape; tail: behind it.
     copy       a second name of the same tensor: used where the first is absent, else ignored.
     """
 
@@ -32,6 +32,7 @@ class Rule:
     official: str
     part: int = 0
     lead: int = 0
+    tail: int = 0
     copy: bool = False
 
 
@@ -49,10 +50,11 @@ class Dialect:
 
 @dataclass
 class Source:
-    """File names by part, to be joined along axis 0, then led by axes of size 1."""
+    """File names by part, to be joined along axis 0, then led and followed by axes of size 1."""
 
     parts: dict[int, str] = field(default_factory=dict)
     lead: int = 0
+    tail: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,14 +80,14 @@ class Translation:
         source = self.sources[official]
         shapes = [file.shape(name) for name in source.names]
         joined = shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes if shape), *shapes[0][1:])
-        return (1,) * source.lead + joined
+        return (1,) * source.lead + joined + (1,) * source.tail
 
     def read(self, file: TensorFile, official: str) -> Tensor:
         """Return the official tensor: mapped, unless it has to be joined of parts."""
         source = self.sources[official]
         parts = [file.get(name) for name in source.names]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return tensor.reshape((1,) * source.lead + tensor.shape)
+        return tensor.reshape((1,) * source.lead + tensor.shape + (1,) * source.tail)
 
 
 # --- DiT -------------------------------------------------------------------------------------------
@@ -119,6 +121,43 @@ DIT_DIFFUSERS = (
     Rule(rf"blocks\.(\d+)\.ffn\.net\.2{WB}", r"blocks.\1.ffn.2.\2"),
     Rule(r"scale_shift_table", "head.modulation"),
     Rule(rf"proj_out{WB}", r"head.head.\1"),
+)
+
+
+FACE_DIFFUSERS, CONVS = r"face_adapter\.(\d+)", "motion_encoder.enc.net_app.convs"
+
+
+def _halving_block(number: int) -> tuple[Rule, ...]:
+    theirs, official = rf"motion_encoder\.res_blocks\.{number}", f"{CONVS}.{number + 1}"
+    return (
+        Rule(rf"{theirs}\.conv1\.weight", f"{official}.conv1.0.weight"),
+        Rule(rf"{theirs}\.conv1\.act_fn\.bias", f"{official}.conv1.1.bias", lead=1, tail=2),
+        Rule(rf"{theirs}\.conv2\.weight", f"{official}.conv2.1.weight"),
+        Rule(rf"{theirs}\.conv2\.act_fn\.bias", f"{official}.conv2.2.bias", lead=1, tail=2),
+        Rule(rf"{theirs}\.conv_skip\.weight", f"{official}.skip.1.weight"),
+    )
+
+
+HALVING_BLOCKS = 7
+"""Of the motion encoder of 512-pixel faces, the only one there is in diffusers' names."""
+
+# The blurs' kernels are not among diffusers' tensors: see models.wan.constant.
+ANIMATE_DIFFUSERS = (
+    Rule(rf"pose_patch_embedding{WB}", r"pose_patch_embedding.\1"),
+    Rule(r"motion_encoder\.conv_in\.weight", f"{CONVS}.0.0.weight"),
+    Rule(r"motion_encoder\.conv_in\.act_fn\.bias", f"{CONVS}.0.1.bias", lead=1, tail=2),
+    *(rule for number in range(HALVING_BLOCKS) for rule in _halving_block(number)),
+    Rule(r"motion_encoder\.conv_out\.weight", f"{CONVS}.{HALVING_BLOCKS + 1}.weight"),
+    Rule(rf"motion_encoder\.motion_network\.(\d+){WB}", r"motion_encoder.enc.fc.\1.\2"),
+    Rule(r"motion_encoder\.motion_synthesis_weight", "motion_encoder.dec.direction.weight"),
+    Rule(rf"face_encoder\.(conv1_local|conv2|conv3){WB}", r"face_encoder.\1.conv.\2"),
+    Rule(rf"face_encoder\.out_proj{WB}", r"face_encoder.out_proj.\1"),
+    Rule(r"face_encoder\.padding_tokens", "face_encoder.padding_tokens"),
+    Rule(rf"{FACE_DIFFUSERS}\.to_q{WB}", r"face_adapter.fuser_blocks.\1.linear1_q.\2"),
+    Rule(rf"{FACE_DIFFUSERS}\.to_k{WB}", r"face_adapter.fuser_blocks.\1.linear1_kv.\2", part=0),
+    Rule(rf"{FACE_DIFFUSERS}\.to_v{WB}", r"face_adapter.fuser_blocks.\1.linear1_kv.\2", part=1),
+    Rule(rf"{FACE_DIFFUSERS}\.to_out{WB}", r"face_adapter.fuser_blocks.\1.linear2.\2"),
+    Rule(rf"{FACE_DIFFUSERS}\.norm_(q|k)\.weight", r"face_adapter.fuser_blocks.\1.\2_norm.weight"),
 )
 
 # --- VAE -------------------------------------------------------------------------------------------
@@ -231,7 +270,12 @@ DIALECTS = (
     Dialect("dit", "official", DIT_MARKS),
     Dialect("dit", "comfyui", DIT_MARKS, prefix="model.diffusion_model."),
     Dialect("dit", "comfyui", DIT_MARKS, prefix="diffusion_model."),
-    Dialect("dit", "diffusers", ("condition_embedder.time_proj.weight", "blocks.0.attn1.to_q.weight"), DIT_DIFFUSERS),
+    Dialect(
+        "dit",
+        "diffusers",
+        ("condition_embedder.time_proj.weight", "blocks.0.attn1.to_q.weight"),
+        DIT_DIFFUSERS + ANIMATE_DIFFUSERS,
+    ),
     Dialect("vae", "official", ("conv2.weight", "decoder.middle.0.residual.0.gamma")),
     Dialect("vae", "diffusers", ("post_quant_conv.weight", "encoder.down_blocks.0.norm1.gamma"), VAE21_DIFFUSERS),
     Dialect(
@@ -329,7 +373,7 @@ def _matching(patterns: Iterable[str], name: str) -> str | None:
 
 def _place(sources: dict[str, Source], official: str, name: str, rule: Rule) -> bool:
     """File `name` under its official name; False where that place is taken."""
-    source = sources.setdefault(official, Source(lead=rule.lead))
+    source = sources.setdefault(official, Source(lead=rule.lead, tail=rule.tail))
     if rule.part in source.parts:
         return False
     source.parts[rule.part] = name

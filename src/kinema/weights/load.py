@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from kinema.errors import CheckpointError
 from kinema.models.tokenizer import Tokenizer
-from kinema.models.wan import stays_float32
+from kinema.models.wan import constant, stays_float32
 from kinema.schema import Component, ModelRef
-from kinema.weights.files import open_tensors
-from kinema.weights.keys import translate
+from kinema.weights.files import TensorFile, open_tensors
+from kinema.weights.keys import Translation, translate
 from kinema.weights.structure import WHAT, Shapes, build, check
 
 FLOAT32_KEYS: dict[Component, Callable[[str], bool]] = {"dit": stays_float32}
@@ -38,7 +38,7 @@ def load(ref: ModelRef) -> nn.Module:
     check(shapes, module)
     dtype, keeps = getattr(torch, ref.dtype), FLOAT32_KEYS.get(ref.component, lambda _: False)
     state = {
-        name: _placed(translation.read(file, name), torch.float32 if keeps(name) else dtype, ref.device)
+        name: _placed(_value(file, translation, name), torch.float32 if keeps(name) else dtype, ref.device)
         for name in module.state_dict()
     }
     module.load_state_dict(state, strict=True, assign=True)
@@ -52,6 +52,13 @@ def load_tokenizer(encoder: Sequence[Path], tokenizer: Path | None) -> Tokenizer
     if tokenizer is not None:
         return Tokenizer.from_path(tokenizer)
     return Tokenizer.from_bytes(open_tensors(encoder).get("spiece_model").numpy().tobytes())
+
+
+def _value(file: TensorFile, translation: Translation, name: str) -> Tensor:
+    """The file's tensor; where it leaves out one that never varies, that."""
+    given = translation.read(file, name) if name in translation.sources else constant(name)
+    assert given is not None, f"{name} is missing, which the check should have found"
+    return given
 
 
 def _placed(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:

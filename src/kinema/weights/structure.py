@@ -17,7 +17,7 @@ from torch import nn
 
 from kinema.errors import CheckpointError, KinemaError
 from kinema.models.encoders import UMT5, ClipVision, ClipVisionConfig, TextEncoderConfig
-from kinema.models.wan import WanConfig, WanDiT
+from kinema.models.wan import WanConfig, WanDiT, constant
 from kinema.models.wan_config import ADAPTER_CONFIGS
 from kinema.models.wan_vae import LATENT_STATISTICS, WanVAE, WanVAEConfig
 from kinema.schema import Component
@@ -77,9 +77,27 @@ def dit_config(shapes: Shapes) -> dict[str, Any]:
     }
     if has_clip_tokens:
         config["clip_dim"] = shapes.axis("img_emb.proj.0.bias", 0)
+    if "face_adapter.fuser_blocks.0.k_norm.weight" in shapes:
+        config["animate"] = animate_config(shapes, config["num_layers"])
     if config["dim"] % WanConfig.head_dim:
         raise shapes.error(f"its width {config['dim']} does not divide into heads {WanConfig.head_dim} wide")
     return config
+
+
+def animate_config(shapes: Shapes, num_layers: int) -> dict[str, Any]:
+    convs = "motion_encoder.enc.net_app.convs"
+    last = shapes.count(rf"{re.escape(convs)}\.(\d+)\.") - 1
+    widths = [shapes.axis(f"{convs}.{n}.conv2.1.weight", 0) for n in range(1, last)]
+    hidden = shapes.axis("face_encoder.conv2.conv.weight", 0)
+    return {
+        "channels": [shapes.axis(f"{convs}.0.0.weight", 0), *widths],
+        "motion_width": shapes.axis("motion_encoder.dec.direction.weight", 0),
+        "motion_dim": shapes.axis("motion_encoder.dec.direction.weight", 1),
+        "face_width": hidden,
+        "face_heads": shapes.axis("face_encoder.conv1_local.conv.weight", 0) // hidden,
+        "interval": num_layers // shapes.count(r"face_adapter\.fuser_blocks\.(\d+)\."),
+        "pose_channels": shapes.axis("pose_patch_embedding.weight", 1),
+    }
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
@@ -224,7 +242,6 @@ VARIANTS = (
     (r"vace_(blocks|patch_embedding)\..+", "Wan VACE"),
     (r"control_adapter\..+", "Wan Fun Camera Control"),
     (r"(casual_audio_encoder|audio_injector|cond_encoder|trainable_cond_mask|frame_packer)\..+", "Wan S2V"),
-    (r"(face_adapter|face_encoder|motion_encoder|pose_patch_embedding)\..+", "Wan Animate"),
     (r"ref_conv\..+", "Wan Fun Control with a reference image"),
     (r"(audio_proj|.*audio_cross_attn).*", "an audio-driven Wan (HuMo, FantasyTalking, InfiniteTalk)"),
     (r"first_stage_model\..+|vae\..+|text_encoders\..+|cond_stage_model\..+", "an all-in-one checkpoint"),
@@ -277,7 +294,7 @@ def check(shapes: Shapes, module: nn.Module) -> None:
                 found=variant,
                 keys=leftover[:10],
             )
-    if missing := [name for name in wanted if name not in shapes]:
+    if missing := [name for name in wanted if name not in shapes and constant(name) is None]:
         raise shapes.error(
             f"{_some(missing)} missing" + (f"; {_some(leftover)} left over" if leftover else ""),
             "The file is incomplete, or of another model.",
@@ -290,7 +307,7 @@ def check(shapes: Shapes, module: nn.Module) -> None:
             "It is another model, or has additions that would be lost.",
             keys=leftover[:10],
         )
-    wrong = [name for name, shape in wanted.items() if shapes.table[name] != shape]
+    wrong = [name for name, shape in wanted.items() if shapes.table.get(name, shape) != shape]
     if wrong:
         rows = ", ".join(f"{name} is {list(shapes.table[name])}, not {list(wanted[name])}" for name in wrong[:10])
         raise shapes.error(f"{len(wrong)} tensors have a wrong shape: {rows}", key=wrong[0], keys=wrong[:10])
