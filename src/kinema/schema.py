@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -213,7 +214,7 @@ class Facts(Frozen):
 class CatalogEntry(Frozen):
     """One model: the facts no file holds. Numbers are the official defaults.
 
-    structure    fields of the DiT's configuration that its header must show.
+    structure    fields of the DiT's configuration that its header must show; true for an adapter it must have.
     takes, needs Request fields of media the model accepts, and those it cannot do without.
     first_frame  "concat": mask and image are extra channels; "overwrite": the clean latent replaces the noise.
     no_image     what a concat model does without an image: zeros in those channels, or a refusal.
@@ -252,6 +253,18 @@ class CatalogEntry(Frozen):
     repositories: tuple[str, ...] = ()
     files: dict[str, tuple[str, ...]] = {}
     aliases: tuple[str, ...] = ()
+
+    def misfit(self, config: Mapping[str, Any]) -> str | None:
+        """Return the first field in which a DiT's configuration is not this model's, None where all agree.
+
+        An adapter that this model does not name is a misfit as well: VACE is text to video, and more.
+        """
+        for field, wanted in self.structure.items():
+            found = config.get(field)
+            if (bool(found) if isinstance(wanted, bool) else found) != wanted:
+                return field
+        adapters = (field for field, value in config.items() if isinstance(value, Mapping))
+        return next((field for field in adapters if field not in self.structure), None)
 
 
 # --- what will be done ---------------------------------------------------------------------------

@@ -260,7 +260,7 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "LoRA as a model": (f"cat {T2V} --dit D/lora.safetensors", CHECKPOINT, ("lora.safetensors", "LoRA")),
     "FLUX as a model": (f"cat {T2V} --dit D/flux.safetensors", CHECKPOINT, ("flux.safetensors", "FLUX")),
-    "a variant that is not read": (f"cat {T2V} --dit D/vace.safetensors", CHECKPOINT, ("vace.safetensors", "VACE")),
+    "the DiT of another variant": (f"cat {T2V} --dit D/vace.safetensors", CHECKPOINT, ("vace.safetensors", "VACE")),
     "folder instead of a file": (f"cat {T2V} --vae D/nothing", CHECKPOINT, ("nothing", ".safetensors")),
     "tokenizer that is none": (f"cat {T2V} --tokenizer D/notes.txt", CATALOG, ("notes.txt", "spiece.model")),
     "tokenizer that is not there": (f"cat {T2V} --tokenizer D/spiece", CATALOG, ("spiece", "no such file")),

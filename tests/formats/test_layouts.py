@@ -33,6 +33,11 @@ ANIMATE = {
     "pose_channels": 16,
 }
 
+PLAIN16 = {"in_channels": 16, "has_clip_tokens": False}
+VACE, SMALL_VACE = ({"vace": {"layers": list(range(0, n, step)), "in_channels": 96}} for n, step in ((40, 5), (30, 2)))
+CAMERA = {"camera": {"in_channels": 24, "downscale": 8}}
+REFERENCE = {"reference": {"in_channels": 16}}
+
 DITS: dict[str, tuple[dict[str, Any], int]] = {
     "wan2.1_t2v_1.3B": ({**SMALL, "in_channels": 16, "has_clip_tokens": False}, 1_418_996_800),
     "wan2.1_t2v_14B": ({**BIG, "in_channels": 16, "has_clip_tokens": False}, 14_288_491_584),
@@ -43,7 +48,25 @@ DITS: dict[str, tuple[dict[str, Any], int]] = {
     "wan2.1_flf2v_14B": ({**BIG, **CLIP_TOKENS, "num_clip_positions": 514}, 16_395_536_704),
     "wan2.2_ti2v_5B": (TI2V, 4_999_787_712),
     "wan2.2_animate_14B": ({**BIG, **CLIP_TOKENS, "animate": ANIMATE}, 17_274_817_108),
+    "wan2.1_vace_1.3B": ({**SMALL, **PLAIN16, **SMALL_VACE}, 2_153_972_032),
+    "wan2.1_vace_14B": ({**BIG, **PLAIN16, **VACE}, 17_337_592_896),
+    "wan2.1_fun_camera_14B": ({**BIG, **CLIP_TOKENS, "in_channels": 32, **CAMERA}, 16_898_128_704),
+    "wan2.2_fun_camera_a14B": ({**BIG, "in_channels": 36, "has_clip_tokens": False, **CAMERA}, 14_792_233_024),
+    "wan2.1_fun_control_14B": ({**BIG, **CLIP_TOKENS, "in_channels": 48, **REFERENCE}, 16_395_457_344),
+    "wan2.2_fun_control_a14B": ({**BIG, "in_channels": 52, "has_clip_tokens": False, **REFERENCE}, 14_289_561_664),
 }
+FUN5 = {**TI2V, "camera": {"in_channels": 24, "downscale": 16}, "in_channels": 100}
+CONTROL5 = {**TI2V, "reference": {"in_channels": 48}, "in_channels": 148}
+DERIVED: dict[str, tuple[str, dict[str, Any], int]] = {
+    "fun inp 5B": ("wan2.2_ti2v_5B", {**TI2V, "in_channels": 100}, 5_000_426_688),
+    "fun control 5B": ("wan2.2_ti2v_5B", CONTROL5, 5_001_609_408),
+    "fun camera 5B": ("wan2.2_ti2v_5B", FUN5, 5_245_802_688),
+    "fun control 1.3B": ("wan2.1_fun_inp_1.3B", {**SMALL, **CLIP_TOKENS, "in_channels": 48}, 1_564_502_336),
+    "fun control 14B": ("wan2.1_i2v_14B", {**BIG, **CLIP_TOKENS, "in_channels": 48}, 16_395_124_544),
+    "fun camera 1.3B": ("wan2.1_fun_inp_1.3B", {**SMALL, **CLIP_TOKENS, "in_channels": 32, **CAMERA}, 1_616_313_152),
+}
+"""Layouts without a manifest of their own: the one they follow from, what is read of them, and their parameters."""
+
 VAE = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temporal_downsample": [False, True, True]}
 VAES: dict[str, tuple[dict[str, Any], int]] = {
     "wan2.1_vae": ({**VAE, "version": "2.1", "dim": 96, "dec_dim": 96, "z_dim": 16}, 126_892_531),
@@ -55,15 +78,18 @@ VIT_H = {"image_size": 224, "patch_size": 14, "dim": 1280, "num_heads": 16, "num
 
 def diffusers_dit(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of diffusers' own class: the oracle of our table."""
-    from diffusers import WanAnimateTransformer3DModel, WanTransformer3DModel
+    from diffusers import WanAnimateTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel
 
     clip = config["has_clip_tokens"]
     if "animate" in config:
         with torch.device("meta"):
             animate = WanAnimateTransformer3DModel(added_kv_proj_dim=config["dim"])
         return {name: tuple(tensor.shape) for name, tensor in animate.state_dict().items()}
+    vace = config.get("vace")
+    more = {"vace_layers": vace["layers"], "vace_in_channels": vace["in_channels"]} if vace else {}
     with torch.device("meta"):
-        model = WanTransformer3DModel(
+        model = (WanVACETransformer3DModel if vace else WanTransformer3DModel)(
+            **more,
             num_attention_heads=config["dim"] // 128,
             in_channels=config["in_channels"],
             out_channels=config["out_channels"],
@@ -97,8 +123,16 @@ def translated(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: translation.shape(file, name) for name in translation.sources}
 
 
-@pytest.mark.parametrize("spelling", ["official", "comfyui", "diffusers"])
-@pytest.mark.parametrize("name", DITS)
+DIFFUSERS_LACKS = ("fun_camera", "fun_control")
+SPELLED = [
+    (name, spelling)
+    for name in DITS
+    for spelling in ("official", "comfyui", "diffusers")
+    if spelling != "diffusers" or not any(variant in name for variant in DIFFUSERS_LACKS)
+]
+
+
+@pytest.mark.parametrize(("name", "spelling"), SPELLED)
 def test_dits(tmp_path: Path, name: str, spelling: str) -> None:
     config, parameters = DITS[name]
     official = manifest(name)
@@ -119,6 +153,41 @@ def test_dits(tmp_path: Path, name: str, spelling: str) -> None:
     assert (facts.parameters, facts.tensors) == (parameters, len(official))
     assert facts.bytes > 2 * parameters
     assert facts.name_suggests is None
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_layouts_that_follow_from_others(tmp_path: Path, name: str) -> None:
+    origin, config, parameters = DERIVED[name]
+    dim = config["dim"]
+    shapes = {**manifest(origin), "patch_embedding.weight": (dim, config["in_channels"], 1, 2, 2)}
+    if camera := config.get("camera"):
+        shapes["control_adapter.conv.weight"] = (dim, 24 * camera["downscale"] ** 2, 2, 2)
+        for place in ("conv1", "conv2"):
+            shapes[f"control_adapter.residual_blocks.0.{place}.weight"] = (dim, dim, 3, 3)
+            shapes[f"control_adapter.residual_blocks.0.{place}.bias"] = (dim,)
+        shapes["control_adapter.conv.bias"] = (dim,)
+    if reference := config.get("reference"):
+        shapes |= {"ref_conv.weight": (dim, reference["in_channels"], 2, 2), "ref_conv.bias": (dim,)}
+    facts = inspect(write_sparse(tmp_path / "a.safetensors", shapes))
+    assert facts.config == {"num_clip_positions": 0, **config}
+    assert facts.parameters == parameters
+
+
+def test_adapters_are_told_in_words(tmp_path: Path) -> None:
+    for name, words in (("vace_1.3B", "VACE blocks"), ("fun_camera_14B", "camera"), ("fun_control_14B", "reference")):
+        assert words in inspect(write_sparse(tmp_path / "a.safetensors", manifest(f"wan2.1_{name}"))).structure
+
+
+def test_vace_blocks_that_do_not_divide_the_others_are_refused(tmp_path: Path) -> None:
+    shapes = {name: shape for name, shape in manifest("wan2.1_vace_1.3B").items() if "vace_blocks.14." not in name}
+    with pytest.raises(CheckpointError, match="its 14 VACE blocks do not divide its 30 blocks"):
+        inspect(write_sparse(tmp_path / "a.safetensors", shapes))
+
+
+def test_half_an_adapter_is_refused(tmp_path: Path) -> None:
+    shapes = {name: shape for name, shape in manifest("wan2.1_fun_camera_14B").items() if "conv2" not in name}
+    with pytest.raises(CheckpointError, match=r"control_adapter\.residual_blocks\.0\.conv2\.weight.*missing"):
+        inspect(write_sparse(tmp_path / "a.safetensors", shapes))
 
 
 def test_the_short_prefix(tmp_path: Path) -> None:
@@ -228,12 +297,6 @@ def test_an_official_file_of_65_gigabytes_maps_on_a_small_machine(tmp_path: Path
 # --- what is not read ------------------------------------------------------------------------------
 
 UNREAD = {
-    "wan2.1_vace_1.3B": "Wan VACE",
-    "wan2.1_vace_14B": "Wan VACE",
-    "wan2.1_fun_camera_14B": "Wan Fun Camera",
-    "wan2.2_fun_camera_a14B": "Wan Fun Camera",
-    "wan2.1_fun_control_14B": "Wan Fun Control with a reference",
-    "wan2.2_fun_control_a14B": "Wan Fun Control with a reference",
     "wan2.2_s2v_14B": "Wan S2V",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from kinema.models.layers import rope_table, sinusoid
 from kinema.models.wan import WanConfig, WanDiT
 from kinema.models.wan_config import CameraConfig, ReferenceConfig, VaceConfig
 from kinema.runtime.blocks import BlockStream, Ring
+from kinema.schema import ModelRef
 from kinema.tensors import CameraConditions, Conditions, ReferenceConditions, VaceConditions
+from kinema.weights.detect import inspect
+from kinema.weights.load import load as open_model
 
 VACE = "dit_vace"
 CAMERA = ["dit_fun_camera_21", "dit_fun_camera_22"]
@@ -162,3 +166,32 @@ def test_conditions_move_with_all_they_hold():
         for part in (moved.vace, moved.camera, moved.reference):
             assert part is None or next(iter(vars(part).values())).is_meta
         assert moved.text[0].is_meta
+
+
+# --- diffusers -----------------------------------------------------------------------------------------
+
+
+def test_diffusers_vace(tmp_path: Path):
+    """The same files, read by us: their class, saved by them, gives their velocity."""
+    from diffusers import WanVACETransformer3DModel
+
+    theirs = WanVACETransformer3DModel(
+        num_attention_heads=2, in_channels=16, text_dim=40, freq_dim=64, ffn_dim=320, num_layers=4,
+        vace_layers=[0, 2], vace_in_channels=96,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(7)
+    for parameter in theirs.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    theirs.eval().save_pretrained(tmp_path / "transformer")
+    facts = inspect(tmp_path / "transformer")
+    assert facts.config["vace"] == {"layers": [0, 2], "in_channels": 96} and facts.dialect == "diffusers"
+    recipe = {key: getattr(facts, key) for key in ("component", "files", "dialect", "container", "config")}
+    ours: Any = open_model(ModelRef(**recipe, dtype="float32"))
+    _, x, _, conditions, _ = load(VACE)
+    text, control = input_tensor("t", (512, 40), 1), conditions.vace.context_BCFhw
+    timesteps = torch.tensor([400.0])
+    scales = torch.tensor([0.7, 0.7])
+    with torch.no_grad():
+        want = theirs(x, timesteps, text[None], None, control, scales, return_dict=False)[0]
+        got = ours(x, timesteps, ours.prepare(Conditions((text,), vace=VaceConditions(control, 0.7))))
+    assert_golden(got, want, 1e-5)

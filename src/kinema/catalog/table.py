@@ -54,11 +54,7 @@ def find_entry(name: str, catalog: Mapping[str, CatalogEntry]) -> CatalogEntry:
 
 def matching_entries(config: Mapping[str, Any], catalog: Mapping[str, CatalogEntry]) -> list[CatalogEntry]:
     """Return the models whose structure a DiT of this configuration has. Several may: a header holds no role."""
-    return [entry for entry in catalog.values() if fits(entry, config)]
-
-
-def fits(entry: CatalogEntry, config: Mapping[str, Any]) -> bool:
-    return all(config.get(field) == value for field, value in entry.structure.items())
+    return [entry for entry in catalog.values() if entry.misfit(config) is None]
 
 
 def _parse(source: str, text: str) -> dict[str, Any]:

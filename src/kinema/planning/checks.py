@@ -104,14 +104,14 @@ def check_components(request: Request, entry: CatalogEntry, facts: Facts) -> Non
 
 
 def _check_dit(entry: CatalogEntry, file: FileFacts, role: str) -> None:
-    for field, expected in entry.structure.items():
-        if file.config.get(field) != expected:
-            raise CheckpointError(
-                f"{file.path} is not {entry.name}: "
-                f"{field} is {file.config.get(field)}, expected {expected} ({file.structure})",
-                f"pass the {role.replace('_', '-')} file of {entry.name}, or --model with the model of this file",
-                path=str(file.path),
-                key=field,
-                expected=expected,
-                found=file.config.get(field),
-            )
+    field = entry.misfit(file.config)
+    if field is not None:
+        found, expected = file.config.get(field), entry.structure.get(field)
+        raise CheckpointError(
+            f"{file.path} is not {entry.name}: {field} is {found}, expected {expected} ({file.structure})",
+            f"pass the {role.replace('_', '-')} file of {entry.name}, or --model with the model of this file",
+            path=str(file.path),
+            key=field,
+            expected=expected,
+            found=found,
+        )

@@ -94,6 +94,27 @@ class Translation:
 
 WB = r"\.(weight|bias)"
 
+
+def _dit_blocks(theirs: str, official: str) -> tuple[Rule, ...]:
+    """Rules of the blocks in diffusers' list `theirs`, which the official list `official` holds."""
+    block, place = rf"{theirs}\.(\d+)", rf"{official}.\1"
+    return (
+        Rule(rf"{block}\.scale_shift_table", rf"{place}.modulation"),
+        Rule(rf"{block}\.attn1\.to_(q|k|v){WB}", rf"{place}.self_attn.\2.\3"),
+        Rule(rf"{block}\.attn2\.to_(q|k|v){WB}", rf"{place}.cross_attn.\2.\3"),
+        Rule(rf"{block}\.attn1\.to_out\.0{WB}", rf"{place}.self_attn.o.\2"),
+        Rule(rf"{block}\.attn2\.to_out\.0{WB}", rf"{place}.cross_attn.o.\2"),
+        Rule(rf"{block}\.attn1\.(norm_q|norm_k)\.weight", rf"{place}.self_attn.\2.weight"),
+        Rule(rf"{block}\.attn2\.(norm_q|norm_k)\.weight", rf"{place}.cross_attn.\2.weight"),
+        Rule(rf"{block}\.attn2\.add_(k|v)_proj{WB}", rf"{place}.cross_attn.\2_img.\3"),
+        Rule(rf"{block}\.attn2\.norm_added_k\.weight", rf"{place}.cross_attn.norm_k_img.weight"),
+        # In order of use diffusers counts 1, 2, 3 and the official code 1, 3, 2; only the middle one has weights.
+        Rule(rf"{block}\.norm2{WB}", rf"{place}.norm3.\2"),
+        Rule(rf"{block}\.ffn\.net\.0\.proj{WB}", rf"{place}.ffn.0.\2"),
+        Rule(rf"{block}\.ffn\.net\.2{WB}", rf"{place}.ffn.2.\2"),
+    )
+
+
 DIT_DIFFUSERS = (
     Rule(rf"patch_embedding{WB}", r"patch_embedding.\1"),
     Rule(rf"condition_embedder\.text_embedder\.linear_1{WB}", r"text_embedding.0.\1"),
@@ -106,19 +127,11 @@ DIT_DIFFUSERS = (
     Rule(rf"condition_embedder\.image_embedder\.ff\.net\.2{WB}", r"img_emb.proj.3.\1"),
     Rule(rf"condition_embedder\.image_embedder\.norm2{WB}", r"img_emb.proj.4.\1"),
     Rule(r"condition_embedder\.image_embedder\.pos_embed", "img_emb.emb_pos"),
-    Rule(r"blocks\.(\d+)\.scale_shift_table", r"blocks.\1.modulation"),
-    Rule(rf"blocks\.(\d+)\.attn1\.to_(q|k|v){WB}", r"blocks.\1.self_attn.\2.\3"),
-    Rule(rf"blocks\.(\d+)\.attn2\.to_(q|k|v){WB}", r"blocks.\1.cross_attn.\2.\3"),
-    Rule(rf"blocks\.(\d+)\.attn1\.to_out\.0{WB}", r"blocks.\1.self_attn.o.\2"),
-    Rule(rf"blocks\.(\d+)\.attn2\.to_out\.0{WB}", r"blocks.\1.cross_attn.o.\2"),
-    Rule(r"blocks\.(\d+)\.attn1\.(norm_q|norm_k)\.weight", r"blocks.\1.self_attn.\2.weight"),
-    Rule(r"blocks\.(\d+)\.attn2\.(norm_q|norm_k)\.weight", r"blocks.\1.cross_attn.\2.weight"),
-    Rule(rf"blocks\.(\d+)\.attn2\.add_(k|v)_proj{WB}", r"blocks.\1.cross_attn.\2_img.\3"),
-    Rule(r"blocks\.(\d+)\.attn2\.norm_added_k\.weight", r"blocks.\1.cross_attn.norm_k_img.weight"),
-    # In order of use diffusers counts 1, 2, 3 and the official code 1, 3, 2; only the middle one has weights.
-    Rule(rf"blocks\.(\d+)\.norm2{WB}", r"blocks.\1.norm3.\2"),
-    Rule(rf"blocks\.(\d+)\.ffn\.net\.0\.proj{WB}", r"blocks.\1.ffn.0.\2"),
-    Rule(rf"blocks\.(\d+)\.ffn\.net\.2{WB}", r"blocks.\1.ffn.2.\2"),
+    *_dit_blocks("blocks", "blocks"),
+    *_dit_blocks("vace_blocks", "vace_blocks"),
+    Rule(rf"vace_blocks\.(\d+)\.proj_in{WB}", r"vace_blocks.\1.before_proj.\2"),
+    Rule(rf"vace_blocks\.(\d+)\.proj_out{WB}", r"vace_blocks.\1.after_proj.\2"),
+    Rule(rf"vace_patch_embedding{WB}", r"vace_patch_embedding.\1"),
     Rule(r"scale_shift_table", "head.modulation"),
     Rule(rf"proj_out{WB}", r"head.head.\1"),
 )

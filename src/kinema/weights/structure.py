@@ -18,7 +18,7 @@ from torch import nn
 from kinema.errors import CheckpointError, KinemaError
 from kinema.models.encoders import UMT5, ClipVision, ClipVisionConfig, TextEncoderConfig
 from kinema.models.wan import WanConfig, WanDiT, constant
-from kinema.models.wan_config import ADAPTER_CONFIGS
+from kinema.models.wan_config import ADAPTER_CONFIGS, CameraConfig
 from kinema.models.wan_vae import LATENT_STATISTICS, WanVAE, WanVAEConfig
 from kinema.schema import Component
 from kinema.weights.files import TensorFile
@@ -77,14 +77,31 @@ def dit_config(shapes: Shapes) -> dict[str, Any]:
     }
     if has_clip_tokens:
         config["clip_dim"] = shapes.axis("img_emb.proj.0.bias", 0)
-    if "face_adapter.fuser_blocks.0.k_norm.weight" in shapes:
-        config["animate"] = animate_config(shapes, config["num_layers"])
     if config["dim"] % WanConfig.head_dim:
         raise shapes.error(f"its width {config['dim']} does not divide into heads {WanConfig.head_dim} wide")
-    return config
+    return config | {name: read(shapes, config) for name, (mark, read) in ADAPTERS.items() if mark in shapes}
 
 
-def animate_config(shapes: Shapes, num_layers: int) -> dict[str, Any]:
+def _vace(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Side blocks follow every so many main blocks, from the first on: where exactly is in no file."""
+    count, num_layers = shapes.count(r"vace_blocks\.(\d+)\."), config["num_layers"]
+    if not count or num_layers % count:
+        raise shapes.error(f"its {count} VACE blocks do not divide its {num_layers} blocks")
+    layers = list(range(0, num_layers, num_layers // count))
+    return {"layers": layers, "in_channels": shapes.axis("vace_patch_embedding.weight", 1)}
+
+
+def _camera(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
+    channels = shapes.axis("control_adapter.conv.weight", 1)
+    downscale = math.isqrt(channels // CameraConfig.in_channels)
+    return {"in_channels": channels // downscale**2 if downscale else channels, "downscale": downscale}
+
+
+def _reference(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"in_channels": shapes.axis("ref_conv.weight", 1)}
+
+
+def _animate(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
     convs = "motion_encoder.enc.net_app.convs"
     last = shapes.count(rf"{re.escape(convs)}\.(\d+)\.") - 1
     widths = [shapes.axis(f"{convs}.{n}.conv2.1.weight", 0) for n in range(1, last)]
@@ -95,9 +112,19 @@ def animate_config(shapes: Shapes, num_layers: int) -> dict[str, Any]:
         "motion_dim": shapes.axis("motion_encoder.dec.direction.weight", 1),
         "face_width": hidden,
         "face_heads": shapes.axis("face_encoder.conv1_local.conv.weight", 0) // hidden,
-        "interval": num_layers // shapes.count(r"face_adapter\.fuser_blocks\.(\d+)\."),
+        "interval": config["num_layers"] // shapes.count(r"face_adapter\.fuser_blocks\.(\d+)\."),
         "pose_channels": shapes.axis("pose_patch_embedding.weight", 1),
     }
+
+
+ADAPTERS: dict[str, tuple[str, Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]]] = {
+    "vace": ("vace_patch_embedding.weight", _vace),
+    "camera": ("control_adapter.conv.weight", _camera),
+    "reference": ("ref_conv.weight", _reference),
+    "animate": ("face_adapter.fuser_blocks.0.k_norm.weight", _animate),
+}
+"""Fields of WanConfig that hold an adapter: the tensor that shows it is there, and how its structure is read.
+Source of the markers: ComfyUI comfy/model_detection.py (facts only)."""
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
@@ -194,7 +221,16 @@ def describe_dit(config: Mapping[str, Any]) -> str:
     clip = f"{positions} CLIP tokens with positions" if positions else "CLIP tokens"
     layers = f"{config['num_layers']} layers, {config['dim']} wide"
     channels = f"in {config['in_channels']}, out {config['out_channels']}"
-    return f"Wan DiT {layers}, {channels}, {clip if config['has_clip_tokens'] else 'no CLIP tokens'}"
+    added = "".join(f", {words}" for name, words in ADAPTER_WORDS.items() if config.get(name))
+    return f"Wan DiT {layers}, {channels}, {clip if config['has_clip_tokens'] else 'no CLIP tokens'}{added}"
+
+
+ADAPTER_WORDS = {
+    "vace": "VACE blocks",
+    "camera": "camera adapter",
+    "reference": "reference image",
+    "animate": "face blocks",
+}
 
 
 def describe_vae(config: Mapping[str, Any]) -> str:
@@ -239,10 +275,7 @@ MODELS: dict[Component, Model] = {
 # --- modules ---------------------------------------------------------------------------------------
 
 VARIANTS = (
-    (r"vace_(blocks|patch_embedding)\..+", "Wan VACE"),
-    (r"control_adapter\..+", "Wan Fun Camera Control"),
     (r"(casual_audio_encoder|audio_injector|cond_encoder|trainable_cond_mask|frame_packer)\..+", "Wan S2V"),
-    (r"ref_conv\..+", "Wan Fun Control with a reference image"),
     (r"(audio_proj|.*audio_cross_attn).*", "an audio-driven Wan (HuMo, FantasyTalking, InfiniteTalk)"),
     (r"first_stage_model\..+|vae\..+|text_encoders\..+|cond_stage_model\..+", "an all-in-one checkpoint"),
 )
@@ -290,7 +323,7 @@ def check(shapes: Shapes, module: nn.Module) -> None:
         if any(re.fullmatch(pattern, name) for name in bare):
             raise shapes.error(
                 f"it seems to be {variant}, which is not read yet; {_some(leftover)} belong to no part that is known",
-                "Known are Wan 2.1 and 2.2 text to video, image to video, first-last frame and TI2V models.",
+                "Known are Wan 2.1 and 2.2 text and image to video, first-last frame, TI2V, VACE and Fun models.",
                 found=variant,
                 keys=leftover[:10],
             )
