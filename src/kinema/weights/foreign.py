@@ -41,7 +41,6 @@ FOREIGN = (
     (r"(text_model\.)?encoder\.layers\.0\..*", "a CLIP text encoder"),
     (r"text_model\.encoder\.layers\.0\..+", "a CLIP text encoder"),
     (r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight", "a T5 encoder, not umT5"),
-    (r"(wav2vec2\.)?encoder\.layers\.0\.attention\..+", "a wav2vec2 audio encoder"),
     (r"(model\.)?layers\.0\.self_attn\.q_proj\.weight", "a language model"),
     (r"transformer_blocks\.0\..+", "a transformer of another family (LTX, Qwen-Image, CogVideoX)"),
     (r"latents", "latents saved by Kinema; `kinema decode` makes the video"),

@@ -275,6 +275,17 @@ CLIP_TRANSFORMERS = (
 CLIP_UNUSED = (r"post_norm\.(weight|bias)", r"head", r"transformer\.LAST\..+")
 """Official names that Wan never runs: it takes the features before the last block."""
 
+WAV2VEC2_POSITIONS = (
+    Rule(r"encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original0", "encoder.pos_conv_embed.conv.weight_g"),
+    Rule(r"encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original1", "encoder.pos_conv_embed.conv.weight_v"),
+    Rule(r"(.+)", r"\1"),
+)
+"""Newer versions of torch spell the two parts of a normed weight so."""
+
+WAV2VEC2_MARKS = ("feature_extractor.conv_layers.0.conv.weight", "encoder.layers.0.attention.q_proj.weight")
+WAV2VEC2_UNUSED = (r"(wav2vec2\.)?masked_spec_embed", r"lm_head\.(weight|bias)")
+"""The word head and the mask of training."""
+
 # --- the table ---------------------------------------------------------------------------------------
 
 DIT_MARKS = ("head.modulation", "blocks.0.self_attn.q.weight")
@@ -332,6 +343,8 @@ DIALECTS = (
             "logit_scale",
         ),
     ),
+    Dialect("audio_encoder", "transformers", WAV2VEC2_MARKS, WAV2VEC2_POSITIONS, "wav2vec2.", WAV2VEC2_UNUSED),
+    Dialect("audio_encoder", "transformers", WAV2VEC2_MARKS, WAV2VEC2_POSITIONS, ignore=WAV2VEC2_UNUSED),
 )
 
 
