@@ -17,7 +17,19 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 Expert = Literal["model", "high", "low"]
 Solver = Literal["unipc", "dpmpp", "euler"]
 Precision = Literal["fast", "reference"]
-Component = Literal["dit", "vae", "text_encoder", "clip_vision", "audio_encoder"]
+Component = Literal[
+    "dit",
+    "vae",
+    "text_encoder",
+    "clip_vision",
+    "audio_encoder",
+    "flux_dit",
+    "flux_vae",
+    "t5",
+    "clip_text",
+    "siglip",
+    "redux",
+]
 OutputKind = Literal["mp4", "webm", "gif", "webp", "png", "latents"]
 
 AREAS = {"480p": 832 * 480, "720p": 1280 * 720}

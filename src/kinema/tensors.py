@@ -76,6 +76,20 @@ class SpeechConditions:
 
 
 @dataclass(frozen=True)
+class FluxConditions:
+    """What FLUX is told besides text rows.
+
+    pooled_BD  pooled CLIP text, one vector a batch entry.
+    guidance   guidance scale the model was distilled with as an input; None where it has none (schnell).
+    images     normalised latents_BCFhw of images to attend to (Kontext), of any even size.
+    """
+
+    pooled_BD: Tensor
+    guidance: float | None = None
+    images: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
 class Conditions:
     """What one guidance branch of a DiT is conditioned on, constant over a run. Batched; CPU or device tensors.
 
@@ -84,6 +98,7 @@ class Conditions:
     concat_BCFhw  channels concatenated after the noise (mask4 + image16), None where there are none.
     clean_BCFhw   normalised latents that overwrite the first latent frames, whose tokens then see t = 0.
     vace, ...     what each adapter is told, None where it is not used.
+    flux          what FLUX takes besides, None for Wan.
     """
 
     text: tuple[Tensor, ...]
@@ -95,6 +110,7 @@ class Conditions:
     reference: ReferenceConditions | None = None
     animate: AnimateConditions | None = None
     speech: SpeechConditions | None = None
+    flux: FluxConditions | None = None
 
     def to(self, device: torch.device | str) -> Conditions:
         return cast(Conditions, _moved(self, device))

@@ -16,7 +16,11 @@ import torch
 from torch import nn
 
 from kinema.errors import CheckpointError, KinemaError
+from kinema.models.clip_text import ClipText, ClipTextConfig
 from kinema.models.encoders import UMT5, ClipVision, ClipVisionConfig, TextEncoderConfig
+from kinema.models.flux import FluxConfig, FluxDiT
+from kinema.models.flux_vae import FluxVAE, FluxVAEConfig
+from kinema.models.siglip import Redux, ReduxConfig, Siglip, SiglipConfig
 from kinema.models.wan import WanConfig, WanDiT, constant
 from kinema.models.wan_config import ADAPTER_CONFIGS, CameraConfig
 from kinema.models.wan_vae import LATENT_STATISTICS, WanVAE, WanVAEConfig
@@ -264,6 +268,68 @@ def audio_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def flux_config(shapes: Shapes) -> dict[str, Any]:
+    config = {
+        "dim": shapes.axis("img_in.weight", 0),
+        "mlp_dim": shapes.axis("double_blocks.0.img_mlp.0.weight", 0),
+        "num_double": shapes.count(r"double_blocks\.(\d+)\."),
+        "num_single": shapes.count(r"single_blocks\.(\d+)\."),
+        "in_channels": shapes.axis("img_in.weight", 1) // 4,
+        "out_channels": shapes.axis("final_layer.linear.weight", 0) // 4,
+        "text_dim": shapes.axis("txt_in.weight", 1),
+        "vector_dim": shapes.axis("vector_in.in_layer.weight", 1),
+        "has_guidance": "guidance_in.in_layer.weight" in shapes,
+    }
+    if config["dim"] % FluxConfig.head_dim:
+        raise shapes.error(f"its width {config['dim']} does not divide into heads {FluxConfig.head_dim} wide")
+    return config
+
+
+def flux_vae_config(shapes: Shapes) -> dict[str, Any]:
+    dim = shapes.axis("encoder.conv_in.weight", 0)
+    levels = shapes.count(r"encoder\.down\.(\d+)\.")
+    widths = [shapes.axis(f"encoder.down.{n}.block.0.conv1.weight", 0) for n in range(levels)]
+    return {
+        "dim": dim,
+        "dim_mult": [width // max(dim, 1) for width in widths],
+        "num_res_blocks": shapes.count(r"encoder\.down\.0\.block\.(\d+)\."),
+        "z_dim": shapes.axis("decoder.conv_in.weight", 1),
+    }
+
+
+def t5_config(shapes: Shapes) -> dict[str, Any]:
+    return {**text_config(shapes), "shared_bias": True}
+
+
+def clip_text_config(shapes: Shapes) -> dict[str, Any]:
+    return {
+        "vocab": shapes.axis("embeddings.token_embedding.weight", 0),
+        "num_positions": shapes.axis("embeddings.position_embedding.weight", 0),
+        "dim": shapes.axis("embeddings.token_embedding.weight", 1),
+        "mlp_dim": shapes.axis("encoder.layers.0.mlp.fc1.weight", 0),
+        "num_layers": shapes.count(r"encoder\.layers\.(\d+)\."),
+    }
+
+
+def siglip_config(shapes: Shapes) -> dict[str, Any]:
+    patch_size = shapes.axis("embeddings.patch_embedding.weight", 2)
+    return {
+        "image_size": math.isqrt(shapes.axis("embeddings.position_embedding.weight", 0)) * patch_size,
+        "patch_size": patch_size,
+        "dim": shapes.axis("embeddings.patch_embedding.weight", 0),
+        "mlp_dim": shapes.axis("encoder.layers.0.mlp.fc1.weight", 0),
+        "num_layers": shapes.count(r"encoder\.layers\.(\d+)\."),
+    }
+
+
+def redux_config(shapes: Shapes) -> dict[str, Any]:
+    return {
+        "image_dim": shapes.axis("redux_up.weight", 1),
+        "hidden_dim": shapes.axis("redux_up.weight", 0),
+        "text_dim": shapes.axis("redux_down.weight", 0),
+    }
+
+
 # --- words -----------------------------------------------------------------------------------------
 
 
@@ -302,12 +368,44 @@ def describe_audio(config: Mapping[str, Any]) -> str:
     return f"wav2vec2 encoder {config['num_layers']} layers, {config['dim']} wide"
 
 
+def describe_flux(config: Mapping[str, Any]) -> str:
+    blocks = f"{config['num_double']} double and {config['num_single']} single blocks, {config['dim']} wide"
+    guidance = "guidance as an input" if config["has_guidance"] else "no guidance input"
+    return f"FLUX.1 transformer {blocks}, in {config['in_channels']}, out {config['out_channels']}, {guidance}"
+
+
+def describe_flux_vae(config: Mapping[str, Any]) -> str:
+    return f"FLUX.1 autoencoder {config['dim']} wide, {config['z_dim']} latent channels"
+
+
+def describe_t5(config: Mapping[str, Any]) -> str:
+    return f"T5 encoder {config['num_layers']} layers, {config['dim']} wide, {config['vocab']} tokens"
+
+
+def describe_clip_text(config: Mapping[str, Any]) -> str:
+    return f"CLIP text encoder {config['num_layers']} layers, {config['dim']} wide, {config['vocab']} tokens"
+
+
+def describe_siglip(config: Mapping[str, Any]) -> str:
+    return f"SigLIP vision encoder {config['num_layers']} layers, {config['dim']} wide, {config['image_size']} pixels"
+
+
+def describe_redux(config: Mapping[str, Any]) -> str:
+    return f"FLUX.1 Redux embedder, {config['image_dim']} to {config['text_dim']} wide"
+
+
 WHAT: dict[Component, str] = {
     "dit": "a Wan DiT",
     "vae": "a Wan VAE",
     "text_encoder": "a umT5 text encoder",
     "clip_vision": "a CLIP vision encoder",
     "audio_encoder": "a wav2vec2 audio encoder",
+    "flux_dit": "a FLUX.1 transformer",
+    "flux_vae": "a FLUX.1 autoencoder",
+    "t5": "a T5 text encoder",
+    "clip_text": "a CLIP text encoder",
+    "siglip": "a SigLIP vision encoder",
+    "redux": "a FLUX.1 Redux embedder",
 }
 
 
@@ -327,6 +425,12 @@ MODELS: dict[Component, Model] = {
     "text_encoder": Model(text_config, TextEncoderConfig, UMT5, describe_text),
     "clip_vision": Model(clip_config, ClipVisionConfig, ClipVision, describe_clip),
     "audio_encoder": Model(audio_config, Wav2VecConfig, Wav2Vec, describe_audio),
+    "flux_dit": Model(flux_config, FluxConfig, FluxDiT, describe_flux),
+    "flux_vae": Model(flux_vae_config, FluxVAEConfig, FluxVAE, describe_flux_vae),
+    "t5": Model(t5_config, TextEncoderConfig, UMT5, describe_t5),
+    "clip_text": Model(clip_text_config, ClipTextConfig, ClipText, describe_clip_text),
+    "siglip": Model(siglip_config, SiglipConfig, Siglip, describe_siglip),
+    "redux": Model(redux_config, ReduxConfig, Redux, describe_redux),
 }
 
 
