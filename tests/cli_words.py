@@ -21,6 +21,7 @@ CLI_FLAGS = frozenset(
         "--models-dir",
         "--catalog",
         "--cache-dir",
+        "--extra-model-paths",
         "--help",
         "--version",
     }

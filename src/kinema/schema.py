@@ -12,24 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 Expert = Literal["model", "high", "low"]
 Solver = Literal["unipc", "dpmpp", "euler"]
 Precision = Literal["fast", "reference"]
-Component = Literal[
-    "dit",
-    "vae",
-    "text_encoder",
-    "clip_vision",
-    "audio_encoder",
-    "flux_dit",
-    "flux_vae",
-    "t5",
-    "clip_text",
-    "siglip",
-    "redux",
-]
+Component = Literal["dit", "vae", "text_encoder", "clip_vision"]
 OutputKind = Literal["mp4", "webm", "gif", "webp", "png", "latents"]
 
 AREAS = {"480p": 832 * 480, "720p": 1280 * 720}
@@ -85,7 +73,6 @@ class Request(Frozen):
     vae: Path | None = _field("model", "VAE file or folder.")
     text_encoder: Path | None = _field("model", "umT5 file or folder.")
     clip_vision: Path | None = _field("model", "CLIP vision file or folder.")
-    audio_encoder: Path | None = _field("model", "wav2vec2 file or folder, of speech-driven models.")
     tokenizer: Path | None = _field("model", "Folder or file of the umT5 tokenizer (spiece.model or tokenizer.json).")
 
     first: Path | None = _field("media", "Image that frame 0 shows.")
@@ -133,17 +120,38 @@ class Request(Frozen):
     strip: bool = _field("output", "Leave the plan out of the output file, and write none beside it.", False)
 
 
+class Hub(Frozen):
+    """Where files come from: Hugging Face or a mirror of it, ModelScope, and who asks.
+
+    token       of Hugging Face; token_file is where its own command line keeps one.
+    """
+
+    endpoint: str = "https://huggingface.co"
+    modelscope: str = "https://modelscope.cn"
+    token: SecretStr | None = None
+    token_file: Path | None = None
+
+
 class Settings(Frozen):
     """Where things are on this machine; clients fill it from flags, environment and configuration file.
 
-    models   roots searched for model files, in order.
-    catalogs extra catalog TOML files.
-    cache    folder of the hash cache and this machine's calibration; None keeps neither.
+    models            roots searched for model files, in order: models folders, or ComfyUI's own folder.
+    extra_model_paths further extra_model_paths.yaml files of ComfyUI.
+    folders           directories by ComfyUI's folder key, where such a file changes them; {}: those of the roots.
+    hub_caches        caches of huggingface_hub, searched last.
+    store             root that files are pulled to; None: the first of `models`.
+    catalogs          extra catalog TOML files.
+    cache             folder of the hash cache and this machine's calibration; None keeps neither.
     """
 
     models: tuple[Path, ...] = ()
+    extra_model_paths: tuple[Path, ...] = ()
+    folders: dict[str, tuple[Path, ...]] = {}
+    hub_caches: tuple[Path, ...] = ()
+    store: Path | None = None
     catalogs: tuple[Path, ...] = ()
     cache: Path | None = None
+    hub: Hub = Hub()
 
 
 # --- what was found out before the plan --------------------------------------------------------
@@ -173,8 +181,7 @@ class MediaFacts(Frozen):
 
     frames         of a camera file, the poses in it.
     fps            of a video, the mean where its rate varies; None where there is no time, as in a folder of frames.
-    seconds        from the first frame's start to the last one's end; of sound, all of it.
-    rate, channels, silent   of sound: samples a second, channels, and whether every sample is zero.
+    seconds        from the first frame's start to the last one's end.
     """
 
     path: Path
@@ -186,9 +193,6 @@ class MediaFacts(Frozen):
     seconds: float | None = None
     variable_rate: bool = False
     has_alpha: bool = False
-    rate: int = 0
-    channels: int = 0
-    silent: bool = False
 
 
 class Machine(Frozen):
@@ -215,6 +219,7 @@ class Facts(Frozen):
 
     files     by role: dit, dit_high, vae, text_encoder, clip_vision.
     media     by Request field, in order where a field takes several.
+    notes     what was decided while looking: which of several installed files is used.
     cut       tokens of prompt and negative, by field, beyond what the model reads.
     existing  names already present in the folder the output goes to.
     """
@@ -223,6 +228,7 @@ class Facts(Frozen):
     tokenizer: Path | None = None
     media: dict[str, tuple[MediaFacts, ...]] = {}
     machine: Machine = Machine()
+    notes: tuple[Note, ...] = ()
     cut: dict[str, int] = {}
     existing: frozenset[str] = frozenset()
     output_free: int | None = None
@@ -368,14 +374,6 @@ class CameraPlan(Frozen):
 
     segments: tuple[CameraSegment, ...]
     path: Path | None = None
-
-
-class SoundPlan(Frozen):
-    """The sound of a video: `seconds` of a file from `start` on, or as much of it as there is."""
-
-    path: Path
-    start: float = 0.0
-    seconds: float
 
 
 class Plan(Frozen):

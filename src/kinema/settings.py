@@ -14,20 +14,41 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+from pydantic import SecretStr
 
+from kinema.catalog.folders import YAML, comfy_folders, models_folder
 from kinema.errors import RequestError
 from kinema.request import make_request, merge, nearest
-from kinema.schema import Note, Request, Settings
+from kinema.schema import Hub, Note, Request, Settings
 
 PREFIX = "KINEMA_"
 PLACES = {
     "models": ("KINEMA_MODELS", "--models-dir", "folders searched for model files, in order"),
+    "extra_model_paths": (
+        "KINEMA_EXTRA_MODEL_PATHS",
+        "--extra-model-paths",
+        "further extra_model_paths.yaml files of ComfyUI",
+    ),
     "catalogs": ("KINEMA_CATALOGS", "--catalog", "further catalog files (TOML)"),
     "cache": ("KINEMA_CACHE", "--cache-dir", "folder of file hashes and of this machine's measured speed"),
 }
 """Settings that are no Request field: key of the configuration file -> (environment variable, flag, meaning)."""
 
 CONFIG_VARIABLE = "KINEMA_CONFIG"
+
+PROBES = tuple(
+    map(
+        Path,
+        (
+            "/workspace/models",
+            "/runpod-volume/models",
+            "/runpod-volume",
+            "/workspace/ComfyUI",
+            "/workspace/runpod-slim/ComfyUI",
+        ),
+    )
+)
+"""Where rented machines keep models: searched where no models folder is named and one is there."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +72,24 @@ def default_config_path() -> Path:
 
 
 def default_settings() -> Settings:
-    """Return the folders used where nothing else is said: ./models, then the user's data folder."""
+    """Return the folders used where nothing else is said: ./models, those of rented machines, the user's data folder.
+
+    Files are pulled to the first of those machines' folders, else to the user's data folder.
+    """
+    own = platformdirs.user_data_path("kinema") / "models"
+    probed = tuple(folder for folder in PROBES if _holds_models(folder))
     return Settings(
-        models=(Path("models"), platformdirs.user_data_path("kinema") / "models"),
+        models=(Path("models"), *probed, own),
+        store=probed[0] if probed else own,
         cache=platformdirs.user_cache_path("kinema"),
+        **_hub_places({}),
     )
+
+
+def _holds_models(folder: Path) -> bool:
+    """A folder called models, ComfyUI's own, or one with ComfyUI's folders in it."""
+    names = ("models", "diffusion_models", "unet", "checkpoints")
+    return folder.is_dir() and (folder.name == "models" or any((folder / name).is_dir() for name in names))
 
 
 def configure(
@@ -63,6 +97,7 @@ def configure(
     *,
     config: Path | None = None,
     models: Sequence[Path] = (),
+    extra_model_paths: Sequence[Path] = (),
     catalogs: Sequence[Path] = (),
     cache: Path | None = None,
 ) -> Configuration:
@@ -78,13 +113,24 @@ def configure(
     for layer, source in (
         (_file_places(table, path), f"configuration file {path}"),
         (_environment_places(environment), "environment"),
-        ({"models": tuple(models), "catalogs": tuple(catalogs), "cache": cache}, "flag"),
+        (
+            {
+                "models": tuple(models),
+                "extra_model_paths": tuple(extra_model_paths),
+                "catalogs": tuple(catalogs),
+                "cache": cache,
+            },
+            "flag",
+        ),
     ):
         for name in (name for name, value in layer.items() if value):
             values[name] = layer[name]
             sources[name] = source if source != "environment" else f"environment {PLACES[name][0]}"
-    settings = Settings(**values)
+    if sources["models"] != "default":
+        values["store"] = values["models"][0]
+    settings = Settings(**values | _hub_places(environment))
     _check_places(settings, sources)
+    settings = settings.model_copy(update={"folders": _folders(settings, environment)})
     defaults, field_sources, notes = _defaults(environment, table, path)
     return Configuration(settings, defaults, sources | field_sources, path, notes)
 
@@ -195,6 +241,29 @@ def _environment_places(environment: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
+def _hub_places(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return hub and cache as the variables of huggingface_hub and modelscope set them."""
+    cache = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = Path(environment.get("HF_HOME") or Path(cache) / "huggingface").expanduser()
+    token = environment.get("HF_TOKEN") or environment.get("HUGGING_FACE_HUB_TOKEN")
+    named = {
+        "endpoint": environment.get("HF_ENDPOINT", "").rstrip("/"),
+        "modelscope": environment.get("MODELSCOPE_ENDPOINT", "").rstrip("/"),
+        "token": SecretStr(token) if token else None,
+    }
+    hub = Hub(token_file=Path(environment.get("HF_TOKEN_PATH") or home / "token"))
+    hub = hub.model_copy(update={name: value for name, value in named.items() if value})
+    return {"hub": hub, "hub_caches": (Path(environment.get("HF_HUB_CACHE") or home / "hub").expanduser(),)}
+
+
+def _folders(settings: Settings, environment: Mapping[str, str]) -> dict[str, tuple[Path, ...]]:
+    """Return ComfyUI's directories where an extra_model_paths.yaml changes them; {} without one."""
+    owners = [models_folder(root)[1] for root in settings.models]
+    if not settings.extra_model_paths and not any(owner and (owner / YAML).is_file() for owner in owners):
+        return {}
+    return comfy_folders(settings.models, settings.extra_model_paths, environment)
+
+
 def _check_places(settings: Settings, sources: Mapping[str, str]) -> None:
     for folder in settings.models:
         if not folder.is_dir() and sources["models"] != "default":
@@ -204,6 +273,14 @@ def _check_places(settings: Settings, sources: Mapping[str, str]) -> None:
                 "name a folder that holds model files; a model itself is named with --model",
                 field="models",
                 got=str(folder),
+            )
+    for path in settings.extra_model_paths:
+        if not path.is_file():
+            raise RequestError(
+                f"file {path} (from {sources['extra_model_paths']}) does not exist",
+                "name an extra_model_paths.yaml of ComfyUI",
+                field="extra_model_paths",
+                got=str(path),
             )
     for path in settings.catalogs:
         if not path.is_file():

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from kinema.catalog import find_entry, find_files, load_catalog, matching_entries
-from kinema.catalog.installed import missing
+from kinema.catalog import find_entry, load_catalog, matching_entries
+from kinema.catalog.choice import Card
+from kinema.catalog.files import FileSet, Store, load_store
+from kinema.catalog.folders import Folders
+from kinema.catalog.installed import Chosen, Need, find_files, missing
 from kinema.errors import CatalogError, RequestError
 from kinema.media.camera import pose_facts
 from kinema.media.image import read_image
@@ -19,8 +22,9 @@ from kinema.media.video import probe
 from kinema.models.tokenizer import Tokenizer
 from kinema.planning import MEDIA_FIELDS, check_media, output_folder
 from kinema.planning.camera import is_pose_file
+from kinema.provision import activation_bytes, provide
 from kinema.runtime.machine import probe_machine
-from kinema.schema import CatalogEntry, Facts, FileFacts, MediaFacts, Request, Settings
+from kinema.schema import CatalogEntry, Facts, FileFacts, Machine, MediaFacts, Note, Request, Settings
 from kinema.weights.detect import find_tokenizer, inspect, resolve_folder
 from kinema.weights.load import load_tokenizer
 
@@ -47,7 +51,8 @@ def survey(request: Request, settings: Settings) -> tuple[CatalogEntry, Facts]:
     named = find_entry(request.model, catalog) if request.model and not _is_folder(request.model) else None
     if named is not None:
         check_media(request, named)
-    paths = _locate(request, named, settings)
+    machine = probe_machine(request.device, settings.cache / "calibration.json" if settings.cache else None)
+    paths, notes = _locate(request, named, settings, machine)
     files = {role: _inspect(role, path) for role, path in paths.items() if role in COMPONENTS}
     entry = named or _identify(request, files, catalog)
     lacking = missing(entry, paths)
@@ -73,7 +78,8 @@ def survey(request: Request, settings: Settings) -> tuple[CatalogEntry, Facts]:
         files=files,
         tokenizer=tokenizer,
         media={field: tuple(_media(field, path) for path in _given(request, field)) for field in MEDIA_FIELDS},
-        machine=probe_machine(request.device, settings.cache / "calibration.json" if settings.cache else None),
+        machine=machine,
+        notes=notes,
         cut=_cut(request, entry, load_tokenizer(files["text_encoder"].files, tokenizer)),
         existing=existing_names(folder),
         output_free=_free(folder),
@@ -88,8 +94,10 @@ def _is_folder(model: str) -> bool:
     return os.sep in model or model.startswith((".", "~")) or Path(model).is_dir()
 
 
-def _locate(request: Request, named: CatalogEntry | None, settings: Settings) -> dict[str, Path]:
-    """Paths by role: flags win over the folder or the installed files of the named model."""
+def _locate(
+    request: Request, named: CatalogEntry | None, settings: Settings, machine: Machine
+) -> tuple[dict[str, Path], tuple[Note, ...]]:
+    """Paths by role, and what was chosen: flags win over the folder or the installed files of the named model."""
     flags = {role: getattr(request, role) for role in (*COMPONENTS, "tokenizer") if getattr(request, role)}
     for role, path in flags.items():
         if not path.exists():
@@ -102,15 +110,39 @@ def _locate(request: Request, named: CatalogEntry | None, settings: Settings) ->
                 field="model",
                 got=None,
             )
-        return flags
+        return flags, ()
     if named is None:
         folder = Path(str(request.model)).expanduser()
         if not folder.is_dir():
             raise CatalogError(f"--model {folder}: no such folder", _near(folder), name=str(folder))
-        return {**resolve_folder(folder, given=flags), **flags}
+        return {**resolve_folder(folder, given=flags), **flags}, ()
     if not missing(named, flags):
-        return flags
-    return {**find_files(named, settings.models), **flags}
+        return flags, ()
+    chosen = installed(named, settings, machine, given=flags)
+    return {**chosen.files, **flags}, (Note(about="files", text=chosen.note),) if chosen.note else ()
+
+
+def installed(entry: CatalogEntry, settings: Settings, machine: Machine, given: Collection[str] = ()) -> Chosen:
+    """Return the best installed files of a model for this machine; CatalogError says what to pull where some lack."""
+    store, folders = load_store(settings.catalogs), Folders.of(settings)
+    card = Card(machine.memory_total, machine.ram_total)
+    item = store.sets.get(entry.name)
+    need = Need(card, activation_bytes(item, store), store.shapes[item.shape].num_layers) if item else None
+    try:
+        return find_files(entry, store, folders, need=need, given=given)
+    except CatalogError as error:
+        if item is None or "missing" not in error.details:
+            raise
+        error.hint = f"{_pull_hint(item, store, card, error.details['missing'])}\n{error.hint}"
+        error.details["pull"] = item.name
+        raise
+
+
+def _pull_hint(item: FileSet, store: Store, card: Card, lacking: Collection[str]) -> str:
+    made = provide(item, store, card)
+    wanted = [file for file in made.files if file.role in lacking]
+    size = sum(file.bytes or 0 for file in wanted) / 1e9
+    return f"type: kinema models pull {item.name}   ({size:.1f} GB: {', '.join(file.name for file in wanted)})"
 
 
 def _near(path: Path) -> str:

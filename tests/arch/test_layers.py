@@ -40,17 +40,22 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "kinema.sampling.schedule": NOUNS,
     "kinema.weights": BELOW_WEIGHTS,
     "kinema.runtime": (*BELOW_WEIGHTS, "kinema.weights"),
-    "kinema.catalog": (*NOUNS, "kinema.weights.files", "kinema.weights.detect"),
+    "kinema.catalog": (*NOUNS, "kinema.weights.files", "kinema.weights.detect", "kinema.weights.hashes"),
     "kinema.catalog.table": NOUNS,
+    "kinema.catalog.files": NOUNS,
+    "kinema.catalog.folders": (*NOUNS, "kinema.catalog.files"),
+    "kinema.catalog.choice": (*NOUNS, "kinema.catalog.files"),
+    "kinema.provision": (*NOUNS, "kinema.catalog.files", "kinema.catalog.choice", "kinema.planning"),
     "kinema.planning": (*NOUNS, "kinema.sampling.schedule"),
     "kinema.request": NOUNS,
-    "kinema.settings": (*NOUNS, "kinema.request"),
+    "kinema.settings": (*NOUNS, "kinema.request", "kinema.catalog.folders"),
     "kinema.survey": (
         *NOUNS,
         "kinema.catalog",
         "kinema.media",
         "kinema.models.tokenizer",
         "kinema.planning",
+        "kinema.provision",
         "kinema.runtime",
         "kinema.weights",
     ),
@@ -74,6 +79,10 @@ WITHOUT_TORCH = (
     "kinema.settings",
     "kinema.planning",
     "kinema.catalog.table",
+    "kinema.catalog.files",
+    "kinema.catalog.folders",
+    "kinema.catalog.choice",
+    "kinema.provision",
     "kinema.sampling.schedule",
 )
 """Modules and packages that know nothing of tensors: they import none of HEAVY, and run where it is absent."""
@@ -236,10 +245,8 @@ for name in sys.argv[1:]:
 
 
 def test_planning_and_reading_work_without_torch():
-    # The catalog's package also finds files, which opens their headers: its table is held by the import check alone.
-    rows = [row for row in WITHOUT_TORCH if row != "kinema.catalog.table"]
-    light = [name for name in modules(SOURCE) if any(within(name, row) for row in rows)]
-    assert len(light) > len(rows)
+    light = [name for name in modules(SOURCE) if any(within(name, row) for row in WITHOUT_TORCH)]
+    assert len(light) > len(WITHOUT_TORCH)
     result = subprocess.run([sys.executable, "-c", IMPORT_WITHOUT, "kinema", *light], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

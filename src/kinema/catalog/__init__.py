@@ -1,9 +1,9 @@
-"""Models as data: which there are, what they default to, and where their files lie.
+"""Models and files as data: which there are, what they default to, where they lie, and how they come here.
 
-Owns the catalog tables and the search for installed files; knows nothing of tensors, plans or devices.
+Owns the catalog tables, the folders and the downloads; knows nothing of tensors, plans or devices. The package itself
+imports only what is light: `installed` and `verify` open checkpoints, and so load torch.
 """
 
-from kinema.catalog.installed import find_files
 from kinema.catalog.table import find_entry, load_catalog, matching_entries
 
-__all__ = ["find_entry", "find_files", "load_catalog", "matching_entries"]
+__all__ = ["find_entry", "load_catalog", "matching_entries"]

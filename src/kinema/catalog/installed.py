@@ -1,45 +1,93 @@
-"""Where a model's files lie on this machine: the shipped demo, official folders, ComfyUI's folders."""
+"""Which installed files a model runs from: the best of official folders, ComfyUI's folders and the hub's cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from kinema.catalog.choice import Card, Choice, Offer, choose, choose_part, kind, offers, part_offers, rank
+from kinema.catalog.files import CatalogFile, FileSet, Store
+from kinema.catalog.folders import Folders
 from kinema.errors import CatalogError
 from kinema.schema import CatalogEntry
 from kinema.weights.detect import resolve_folder
 
+PARTS = {"text_encoder": "umt5-xxl", "clip_vision": "clip-vit-h", "audio_encoder": "wav2vec2"}
+"""Role -> the shared part that fills it; a vae is that of the entry."""
 
-def find_files(entry: CatalogEntry, roots: Sequence[Path]) -> dict[str, Path]:
-    """Return paths by role of the first complete set among the roots.
 
-    Looked at in order, in each root: a folder named as an official repository, then single files by the
-    names the catalog lists. Raises CatalogError naming what is missing and every place that was searched.
+@dataclass(frozen=True)
+class Need:
+    """What the choice of files is made for: a card, and what a run takes beside the weights."""
+
+    card: Card
+    activations: float
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class Installed:
+    """An offer that is here: where each of its roles lies, the tokenizer's included where the folder has it."""
+
+    offer: Offer
+    paths: Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The files a model runs from, by role, and a sentence where there was something to choose."""
+
+    files: dict[str, Path]
+    note: str = ""
+
+
+def find_files(
+    entry: CatalogEntry, store: Store, folders: Folders, *, need: Need | None = None, given: Collection[str] = ()
+) -> Chosen:
+    """Return the best installed files of a model, without the roles that are `given`.
+
+    Raises CatalogError naming what is missing and every place that was searched.
     """
     if entry.name == "demo":
-        return demo_files()
-    best: dict[str, Path] = {}
-    for root in roots:
-        for found in (*_repository_folders(entry, root), _single_files(entry, root)):
-            if not missing(entry, found):
-                return found
-            best = found if len(found) > len(best) else best
-    raise CatalogError(
-        f"model {entry.name} is not installed: {', '.join(missing(entry, best)) or 'its files'} not found in "
-        f"{', '.join(map(str, roots)) or 'any models folder (none is set)'}",
-        _where_to_get(entry, missing(entry, best)),
-        name=entry.name,
-        searched=[str(root) for root in roots],
-    )
+        return Chosen({role: path for role, path in demo_files().items() if role not in given})
+    whole = list(_repository_folders(entry, store, folders))
+    models = [*_listed(entry, store, folders), *_offered(entry, store, folders), *_halves(entry, whole)]
+    found: dict[str, Path] = {}
+    note = ""
+    wanted = set(_dit_roles(entry)) - set(given)
+    if models and wanted:
+        best, note = _choose(entry, models, need)
+        found |= {role: best.paths[role] for role in wanted}
+    for role in (role for role in needed_roles(entry) if not role.startswith("dit") and role not in given):
+        found |= _part(role, entry, store, folders, whole, need)
+    if lacking := missing(entry, {**dict.fromkeys(given), **found}):
+        partial = {path.name for path in found.values()}
+        raise CatalogError(
+            f"model {entry.name} is not installed: {', '.join(lacking)} not found in "
+            f"{', '.join(map(str, folders.roots)) or 'any models folder (none is set)'}",
+            _where_to_put(entry, lacking, store),
+            name=entry.name,
+            missing=lacking,
+            found=sorted(partial),
+            searched=[str(root) for root in folders.roots],
+        )
+    return Chosen(found, note)
 
 
-def missing(entry: CatalogEntry, found: dict[str, Path]) -> list[str]:
-    """Return the roles without which this model cannot run, that `found` lacks."""
+def needed_roles(entry: CatalogEntry) -> list[str]:
+    """Return the roles without which this model cannot run."""
     needed = ["dit", "vae", "text_encoder"]
     needed += ["dit_high"] if "high" in entry.experts else []
     needed += ["clip_vision"] if entry.structure.get("has_clip_tokens") else []
-    return [role for role in needed if role not in found]
+    return needed
+
+
+def missing(entry: CatalogEntry, found: Collection[str]) -> list[str]:
+    """Return the roles without which this model cannot run, that `found` lacks."""
+    return [role for role in needed_roles(entry) if role not in found]
 
 
 def demo_files() -> dict[str, Path]:
@@ -52,24 +100,137 @@ def demo_files() -> dict[str, Path]:
     return files
 
 
-def _repository_folders(entry: CatalogEntry, root: Path) -> list[dict[str, Path]]:
-    folders = [root / repo for repo in entry.repositories] + [root / repo.split("/")[-1] for repo in entry.repositories]
-    return [resolve_folder(folder) for folder in folders if folder.is_dir()]
+def size_on_disk(path: Path) -> int:
+    """Return bytes of a file, of all shards of an index, or of a folder's files."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    if path.name.endswith(".index.json"):
+        stem = path.name.removesuffix(".safetensors.index.json")
+        return sum(file.stat().st_size for file in path.parent.glob(f"{stem}-*-of-*.safetensors"))
+    return path.stat().st_size
 
 
-def _single_files(entry: CatalogEntry, root: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for role, names in entry.files.items():
-        for name in names:
-            if (root / name).is_file():
-                found[role] = root / name
-                break
-    return found
+# --- what is here --------------------------------------------------------------------------------
 
 
-def _where_to_get(entry: CatalogEntry, roles: list[str]) -> str:
+def _dit_roles(entry: CatalogEntry) -> tuple[str, ...]:
+    return ("dit", "dit_high") if "high" in entry.experts else ("dit",)
+
+
+def _listed(entry: CatalogEntry, store: Store, folders: Folders) -> Iterator[Installed]:
+    """Yield the DiTs that the entry itself names, pair by pair."""
+    for names in zip(*(entry.files.get(role, ()) for role in _dit_roles(entry)), strict=False):
+        files = [_row(name, role, store) for name, role in zip(names, _dit_roles(entry), strict=True)]
+        yield from _locate(files, folders)
+
+
+def _offered(entry: CatalogEntry, store: Store, folders: Folders) -> Iterator[Installed]:
+    item = store.sets.get(entry.name) or FileSet(
+        name=entry.name,
+        title="",
+        tasks=(),
+        parts=(),
+        shape="",
+        experts=("high", "low") if "high" in entry.experts else (),
+    )
+    for offer in offers(item, store):
+        yield from _locate(offer.files, folders)
+
+
+def _halves(entry: CatalogEntry, whole: list[Installed]) -> Iterator[Installed]:
+    yield from (one for one in whole if set(_dit_roles(entry)) <= one.paths.keys())
+
+
+def _locate(files: Collection[CatalogFile], folders: Folders) -> Iterator[Installed]:
+    places = [folders.locate(file) for file in files]
+    if all(places):
+        here = [(file, place) for file, place in zip(files, places, strict=True) if place]
+        sized = [file.model_copy(update={"bytes": size_on_disk(place)}) for file, place in here]
+        yield Installed(Offer(tuple(sized)), {file.role: place for file, place in here})
+
+
+def _row(name: str, role: str, store: Store) -> CatalogFile:
+    """Return the row of a file an entry names by its place, or one made of what its name says."""
+    for file in store.files:
+        if file.place == name and file.role == role:
+            return file
+    folder, _, base = name.rpartition("/")
+    said = re.search(r"(?i)fp8\w*|bf16|fp16|fp32|Q\d_\w+", base)
+    precision = said[0] if said and kind(said[0]) else "16-bit"
+    return CatalogFile(repository="", path=base, folder=folder or None, role=role, precision=precision, bytes=1)
+
+
+def _repository_folders(entry: CatalogEntry, store: Store, folders: Folders) -> Iterator[Installed]:
+    """Yield what official and diffusers folders of the model hold."""
+    for repository in entry.repositories:
+        for folder in folders.in_repository(repository):
+            if folder.is_dir():
+                paths = resolve_folder(folder)
+                said = [file.precision for file in store.serving(entry.name) if file.repository == repository]
+                files = [_whole_file(role, path, repository, said) for role, path in paths.items()]
+                if files:
+                    yield Installed(
+                        Offer(tuple(sorted(files, key=lambda file: not file.role.startswith("dit")))), paths
+                    )
+
+
+def _whole_file(role: str, path: Path, repository: str, precisions: list[str]) -> CatalogFile:
+    precision = precisions[0] if precisions else "16-bit"
+    return CatalogFile(repository=repository, path=path.name, role=role, precision=precision, bytes=size_on_disk(path))
+
+
+# --- which of it ---------------------------------------------------------------------------------
+
+
+def _choose(entry: CatalogEntry, models: list[Installed], need: Need | None) -> tuple[Installed, str]:
+    different = list({tuple(sorted(map(str, one.paths.values()))): one for one in reversed(models)}.values())
+    different.sort(key=lambda one: (rank(one.offer.precision), one.offer.largest))
+    if need is None or len(different) == 1:
+        return different[0], ""
+    trimmed = {id(one): Offer(tuple(f for f in one.offer.files if f.role.startswith("dit"))) for one in different}
+    choice = choose(list(trimmed.values()), need.card, need.activations, need.num_layers)
+    if choice is None:
+        return different[0], ""
+    best = next(one for one in different if trimmed[id(one)] == choice.offer)
+    return best, _reason(entry, best, choice, need, len(different))
+
+
+def _reason(entry: CatalogEntry, best: Installed, choice: Choice, need: Need, count: int) -> str:
+    names = " and ".join(best.paths[role].name for role in _dit_roles(entry))
+    size = f"{choice.offer.largest / 1e9:.1f} GB" + (" each" if len(_dit_roles(entry)) > 1 else "")
+    return f"of {count} installed sets, {names} ({size}) is used: {choice.mode} on {need.card.vram / 1e9:.0f} GB"
+
+
+def _part(
+    role: str, entry: CatalogEntry, store: Store, folders: Folders, whole: list[Installed], need: Need | None
+) -> dict[str, Path]:
+    """Return the best installed file of a shared part, with its tokenizer where it came with one."""
+    part = f"{entry.vae}-vae" if role == "vae" else PARTS[role]
+    rows = [_row(name, role, store) for name in entry.files.get(role, ())]
+    rows += [offer.files[0] for offer in part_offers(part, store)]
+    rows += [file for file in store.serving(part) if file.role == role and kind(file.precision) and file not in rows]
+    here = [one for row in rows for one in _locate([row], folders)]
+    if here:
+        picked = choose_part([one.offer for one in here], need.card) if need and role == "text_encoder" else None
+        return {role: next((one for one in here if one.offer == picked), here[0]).paths[role]}
+    for one in whole:
+        if role in one.paths:
+            extra = {"tokenizer": one.paths["tokenizer"]} if role == "text_encoder" and "tokenizer" in one.paths else {}
+            return {role: one.paths[role], **extra}
+    return {}
+
+
+def _where_to_put(entry: CatalogEntry, roles: list[str], store: Store) -> str:
     lines = [f"put them in a models folder under these names, or name each with its flag, for {entry.name}:"]
-    lines += [f"  --{role.replace('_', '-')}: {' or '.join(entry.files.get(role, ()))}" for role in roles]
+    lines += [f"  --{role.replace('_', '-')}: {' or '.join(_names(entry, role, store)[:4])}" for role in roles]
     if entry.repositories:
         lines.append(f"or the whole folder of the repository {entry.repositories[0]} with --model FOLDER")
     return "\n".join(lines)
+
+
+def _names(entry: CatalogEntry, role: str, store: Store) -> list[str]:
+    if role.startswith("dit"):
+        rows = [file for file in store.serving(entry.name) if file.role == role and not file.tuned]
+    else:
+        rows = store.serving(f"{entry.vae}-vae" if role == "vae" else PARTS[role])
+    return list(dict.fromkeys([*entry.files.get(role, ()), *(file.place for file in rows if kind(file.precision))]))

@@ -66,11 +66,11 @@ def _parse(source: str, text: str) -> dict[str, Any]:
             "write models as the file kinema/catalog/models.toml does, [models.NAME]",
             name=source,
         ) from error
-    unknown = set(table) - {"models", "negatives", "shared"}
+    unknown = set(table) - {"models", "negatives", "shared", "repositories"}
     if unknown:
         raise CatalogError(
             f"catalog file {source} has unknown tables: {', '.join(sorted(unknown))}",
-            "allowed: models, negatives, shared",
+            "allowed: models, negatives, shared, repositories",
             name=source,
         )
     return table

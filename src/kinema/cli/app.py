@@ -22,7 +22,7 @@ from kinema.cli.tell import make_teller
 from kinema.errors import Cancelled, KinemaError, RequestError
 from kinema.request import make_request, merge, nearest
 from kinema.schema import Request
-from kinema.settings import configure
+from kinema.settings import PLACES, configure
 from kinema.version import VERSION
 
 DEMO_PROMPT = "a large yellow star moves right on a dark green background"
@@ -243,7 +243,7 @@ def _command(command: Command) -> Callable[..., int]:
         bound.apply_defaults()
         given = dict(bound.arguments)
         fields = {name: given.pop(name) for name in command.fields if name in given}
-        places = {name: given.pop(name) for name in ("config", "models", "catalogs", "cache")}
+        places = {name: given.pop(name) for name in ("config", *PLACES)}
         as_json = given.pop("json")
         configuration = configure(os.environ, **places)
         call = Call({name: value for name, value in fields.items() if value is not None}, configuration, as_json)

@@ -9,7 +9,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from kinema.catalog import find_files, load_catalog
+from kinema.catalog import load_catalog
+from kinema.catalog.files import load_store
+from kinema.catalog.folders import Folders
+from kinema.catalog.installed import find_files
 from kinema.cli.tell import duration, gigabytes
 from kinema.errors import CatalogError
 from kinema.schema import CatalogEntry, ModelRef, Plan, Settings
@@ -135,7 +138,8 @@ def models_text(settings: Settings) -> tuple[str, list[dict[str, Any]]]:
 
 def _installed(entry: CatalogEntry, settings: Settings) -> tuple[dict[str, str], str]:
     try:
-        return {role: str(path) for role, path in find_files(entry, settings.models).items()}, ""
+        chosen = find_files(entry, load_store(settings.catalogs), Folders.of(settings))
+        return {role: str(path) for role, path in chosen.files.items()}, ""
     except CatalogError as error:
         return {}, error.message
 

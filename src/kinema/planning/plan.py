@@ -42,7 +42,7 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     together, MachineError for what cannot fit on this machine. Draws a random seed where none is given;
     apart from that the same arguments give the same plan.
     """
-    notes: list[Note] = []
+    notes: list[Note] = list(facts.notes)
     check_media(request, entry)
     check_components(request, entry, facts)
     task = _task(request, entry)

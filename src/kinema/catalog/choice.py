@@ -1,0 +1,172 @@
+"""Which of several files a card gets: what is on offer, in which precision, and the first that memory allows.
+
+Pure arithmetic over file sizes. What a run needs beside the weights is passed in as a number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kinema.catalog.files import CatalogFile, FileSet, Store
+
+ORDER = (
+    "16-bit", "fp8_scaled", "Q8_0", "fp8_e5m2_scaled", "Q6_K", "fp8", "Q5_K_M", "Q5_1", "Q5_K_S", "Q5_0",
+    "Q4_K_M", "Q4_1", "Q4_K_S", "Q4_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+)  # fmt: skip
+"""Precisions that are read, best first. Plain fp8 stands low: it rounds norms and biases too."""
+
+RESERVE = 700_000_000  # of the card: the device context, the allocator's slack
+SYSTEM = 4_000_000_000  # of the RAM: the system and this process
+BLOCKS_AT_ONCE = 2  # of a streamed DiT: the one that runs and the one that arrives
+TEXT_ENCODER_SHARE = 0.45  # of the card: it leaves, but not before the DiT's first blocks arrive
+
+Mode = Literal["resident", "streamed", "from disk", "too big"]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Files that fill all roles of one model in one precision: of two experts both."""
+
+    files: tuple[CatalogFile, ...]
+
+    @property
+    def precision(self) -> str:
+        return self.files[0].precision
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest file: of two experts one is on the card at a time."""
+        return max(file.bytes or 0 for file in self.files)
+
+    @property
+    def together(self) -> int:
+        return sum(file.bytes or 0 for file in self.files)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a machine has, in bytes; disk None is not looked at."""
+
+    vram: int
+    ram: int
+    disk: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An offer and how it runs: resident on the card, its blocks streamed from RAM, or read from disk each step."""
+
+    offer: Offer
+    mode: Mode
+
+
+def kind(precision: str) -> str | None:
+    """Return which of ORDER a precision of files.toml is; None where Kinema does not read it."""
+    word = precision.split(" ")[0]
+    if word.casefold() in ("bf16", "fp16", "fp32", "f16", "f32", "16-bit", "fp16/bf16", "as", "mixed_bf16"):
+        return "16-bit"
+    if re.fullmatch(r"fp8(_e4m3fn)?_scaled(_kj)?(_v2)?", word):
+        return "fp8_scaled"
+    if word.startswith("fp8_e5m2_scaled"):
+        return "fp8_e5m2_scaled"
+    if word in ("fp8", "fp8_e4m3fn", "fp8_e5m2"):
+        return "fp8"
+    return word if word in ORDER else None
+
+
+def rank(precision: str) -> int:
+    """Return the place in ORDER, after all of it where Kinema does not read the precision."""
+    name = kind(precision)
+    return ORDER.index(name) if name else len(ORDER)
+
+
+def offers(item: FileSet, store: Store) -> list[Offer]:
+    """Return the DiTs of a model in every precision that is read and whose size is known, best first."""
+    roles = ("dit", "dit_high") if item.experts else ("dit",)
+    groups: dict[tuple[str, str], dict[str, CatalogFile]] = {}
+    for file in store.serving(item.name):
+        if file.role in roles and _is_plain(file):
+            groups.setdefault((file.repository, file.precision), {}).setdefault(file.role, file)
+    whole = [Offer(tuple(group[role] for role in roles)) for group in groups.values() if len(group) == len(roles)]
+    return sorted(whole, key=_preference)
+
+
+def part_offers(part: str, store: Store) -> list[Offer]:
+    """Return the files of a shared part that run without another file, best first."""
+    wanted = store.parts[part].role.removesuffix("_2")
+    found = [
+        file
+        for file in store.serving(part)
+        if file.role == wanted and _is_plain(file) and file.folder and not _bare_encoder(file)
+    ]
+    return sorted((Offer((file,)) for file in found), key=_preference)
+
+
+def loras(item: FileSet, store: Store) -> tuple[CatalogFile, ...]:
+    """Return the four-step LoRAs of a model: one, or one an expert, of the first repository that has them."""
+    found: dict[str | None, CatalogFile] = {}
+    for file in store.serving(item.name):
+        if file.role == "lora" and re.search(r"(?i)4step|lightx2v", file.name):
+            found.setdefault(file.expert, file)
+    experts: Sequence[str | None] = item.experts or (None, "high")
+    chosen = [found[expert] for expert in experts if expert in found]
+    return tuple(chosen if item.experts and len(chosen) == len(item.experts) else chosen[:1])
+
+
+def choose(given: Sequence[Offer], card: Card, activations: float, num_layers: int) -> Choice | None:
+    """Return the best offer that runs on a card; None where nothing is on offer within the disk.
+
+    Best is first in ORDER. 16-bit weights have to stay on the card to be taken before smaller ones; the others may be
+    streamed block by block from RAM. Where RAM cannot hold them either, the smallest is read from disk.
+    """
+    fitting = [offer for offer in given if card.disk is None or offer.together <= card.disk]
+    modes = [(offer, _mode(offer, card, activations, num_layers)) for offer in fitting]
+    for offer, mode in modes:
+        if mode == "resident" or (mode == "streamed" and kind(offer.precision) != "16-bit"):
+            return Choice(offer, mode)
+    left = sorted(modes, key=lambda pair: (pair[1] != "streamed", pair[0].largest))
+    return Choice(*left[0]) if left else None
+
+
+def choose_part(given: Sequence[Offer], card: Card) -> Offer | None:
+    """Return the best file of a shared part within its share of the card, else the smallest: it runs on the CPU."""
+    room = card.vram * TEXT_ENCODER_SHARE
+    return next((offer for offer in given if offer.largest <= room), min(given, key=lambda o: o.largest, default=None))
+
+
+def nearest(given: Iterable[Offer], precision: str) -> Offer | None:
+    """Return the offer of this precision, else the nearest: of the same bits first, then by its place in ORDER."""
+    wanted = rank(precision)
+
+    def distance(offer: Offer) -> tuple[bool, bool, int]:
+        same = kind(offer.precision) == kind(precision)
+        return not same, offer.precision[:4] != precision[:4], abs(rank(offer.precision) - wanted)
+
+    return min(given, key=distance, default=None)
+
+
+def _mode(offer: Offer, card: Card, activations: float, num_layers: int) -> Mode:
+    if offer.largest + activations + RESERVE <= card.vram:
+        return "resident"
+    if BLOCKS_AT_ONCE * offer.largest / num_layers + activations + RESERVE > card.vram:
+        return "too big"
+    return "streamed" if offer.together + SYSTEM <= card.ram else "from disk"
+
+
+def _preference(offer: Offer) -> tuple[int, int]:
+    """Best precision first; fp32 after 16-bit, of which it is twice the bytes for the same result."""
+    wide = offer.precision.casefold().startswith(("fp32", "f32"))
+    return rank(offer.precision), 2 if wide else 1 if offer.files[0].known == "computed" else 0
+
+
+def _is_plain(file: CatalogFile) -> bool:
+    """A file of known size that is read, of a name that was seen, and is not fine-tuned."""
+    return bool(file.bytes and kind(file.precision)) and not file.tuned and file.known != "guessed"
+
+
+def _bare_encoder(file: CatalogFile) -> bool:
+    """A umT5 file without its tokenizer inside: Kijai's conversions keep the official names and drop it."""
+    return file.role == "text_encoder" and file.repository.startswith("Kijai/")

@@ -1,0 +1,280 @@
+"""Which files there are: rows of files.toml, the sets and presets of sets.toml, looked up by any spelling.
+
+Owns those tables and the search in them; knows nothing of this machine, its folders or the network. The shipped
+tables are read once, when first asked for (0.05 s), so that commands which need none of it do not pay.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from kinema.errors import CatalogError
+from kinema.schema import Frozen
+
+
+class CatalogFile(Frozen):
+    """One published file, or a folder or set of shards that belong together.
+
+    path      inside the repository; ends in / where it is a folder; of shards the index.
+    folder    of ComfyUI's models folders; None keeps the file in a folder named as its repository.
+    used_by   models and shared parts, * allowed.
+    bytes     None where nobody printed it; `size` says what the number is worth.
+    known     "computed" where path or folder follows from siblings and was not seen, "guessed" where the name is.
+    tuned     distilled or fine-tuned: not the plain weights of the model.
+    """
+
+    repository: str
+    path: str
+    folder: str | None = None
+    role: str
+    expert: Literal["high", "low"] | None = None
+    precision: str = ""
+    used_by: tuple[str, ...] = ()
+    bytes: int | None = None
+    size: Literal["exact", "listed", "computed", "estimated"] | None = None
+    sha256: str | None = None
+    known: Literal["seen", "computed", "guessed"] = "seen"
+    tuned: bool = False
+    shards: int | None = None
+    licence: str = ""
+    gated: bool | None = None
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """The file's own name; of a folder the folder's."""
+        return self.path.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every path to fetch; of shards the index first. Of a folder none: the repository has to be asked."""
+        if self.path.endswith("/"):
+            return ()
+        if self.shards is None:
+            return (self.path,)
+        stem = self.path.removesuffix(".safetensors.index.json")
+        return (self.path, *(f"{stem}-{n:05}-of-{self.shards:05}.safetensors" for n in range(1, self.shards + 1)))
+
+    @property
+    def place(self) -> str:
+        """Where it lies below a models folder: ComfyUI's folder, or a folder named as the repository."""
+        return f"{self.folder}/{self.name}" if self.folder else f"{self.repository}/{self.path}".rstrip("/")
+
+    def serves(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.used_by)
+
+
+class Shape(Frozen):
+    """What memory arithmetic needs of a DiT, and the run a set is planned for. stride: pixels a latent cell."""
+
+    dim: int
+    ffn_dim: int
+    num_layers: int
+    size: tuple[int, int]
+    frames: int
+    stride: int = 8
+
+
+class FileSet(Frozen):
+    """What makes a model run: its own files and the shared parts."""
+
+    name: str
+    title: str
+    aliases: tuple[str, ...] = ()
+    tasks: tuple[str, ...]
+    use: str = ""
+    experts: tuple[Literal["high", "low"], ...] = ()
+    parts: tuple[str, ...]
+    shape: str
+
+
+class Part(Frozen):
+    """A file that several models share."""
+
+    role: str
+    title: str
+
+
+class Renamed(Frozen):
+    """A name that circulates and was never published, and what is meant by it."""
+
+    real: tuple[str, ...]
+    why: str
+
+
+class PresetLine(Frozen):
+    """One model of a preset, in the precision its menu names."""
+
+    set: str
+    precision: str
+    loras: bool = False
+
+
+class Preset(Frozen):
+    """A menu of models for a card."""
+
+    title: str
+    lines: tuple[PresetLine, ...]
+
+
+@dataclass(frozen=True)
+class Store:
+    """All tables together; files in order of preference."""
+
+    files: tuple[CatalogFile, ...]
+    sets: dict[str, FileSet]
+    parts: dict[str, Part] = field(default_factory=dict)
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    renames: dict[str, Renamed] = field(default_factory=dict)
+    presets: dict[str, Preset] = field(default_factory=dict)
+
+    def serving(self, name: str) -> list[CatalogFile]:
+        """Return the files of a model or shared part, best repository first."""
+        return [file for file in self.files if file.serves(name)]
+
+
+def load_store(extra: Sequence[Path] = ()) -> Store:
+    """Return the shipped tables and the `repositories` tables of the user's catalog files, which come first.
+
+    Raises CatalogError for a row that is no file.
+    """
+    shipped = _shipped()
+    own = [file for path in extra for file in _user_files(path)]
+    named = {(file.repository, file.path) for file in own}
+    rest = (file for file in shipped.files if (file.repository, file.path) not in named)
+    return Store((*own, *rest), shipped.sets, shipped.parts, shipped.shapes, shipped.renames, shipped.presets)
+
+
+@cache
+def _shipped() -> Store:
+    folder = resources.files("kinema.catalog")
+    table = tomllib.loads(folder.joinpath("sets.toml").read_text("utf-8"))
+    files = tomllib.loads(folder.joinpath("files.toml").read_text("utf-8"))
+    return Store(
+        tuple(read_files("kinema/catalog/files.toml", files["repositories"])),
+        {name: FileSet(name=name, **row) for name, row in table["sets"].items()},
+        {name: Part(**row) for name, row in table["parts"].items()},
+        {name: Shape(**row) for name, row in table["shapes"].items()},
+        {name: Renamed(**row) for name, row in table["renames"].items()},
+        {name: Preset(**row) for name, row in table["presets"].items()},
+    )
+
+
+def _user_files(path: Path) -> list[CatalogFile]:
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CatalogError(f"catalog file {path} cannot be read: {error.strerror}", name=str(path)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CatalogError(f"catalog file {path} is not TOML: {error}", name=str(path)) from error
+    return read_files(str(path), table.get("repositories", {}))
+
+
+def read_files(source: str, repositories: Mapping[str, Any]) -> list[CatalogFile]:
+    """Return the rows of a `repositories` table; what stands beside `files` holds for every row without its own."""
+    found = []
+    for repository, table in repositories.items():
+        shared = {name: value for name, value in table.items() if name != "files"}
+        for number, row in enumerate(table.get("files", ()), 1):
+            try:
+                found.append(CatalogFile.model_validate({"repository": repository, **shared, **row}))
+            except (ValidationError, TypeError) as error:
+                raise CatalogError(f"{source}, {repository}, file {number}: {_fault(error)}", name=source) from error
+    return found
+
+
+def _fault(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return "a file is a table such as { path = 'model.safetensors', role = 'dit' }"
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+
+
+# --- looking up ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a name stands for: files, and a sentence where the name itself was never published."""
+
+    files: tuple[CatalogFile, ...]
+    note: str = ""
+
+
+def find_set(name: str, store: Store) -> FileSet | None:
+    """Return the set called `name` in any case; official names count: Wan2.2-I2V-A14B, i2v-A14B, FLUX.1-dev."""
+    wanted = _letters(name.rsplit("/", 1)[-1])
+    for item in store.sets.values():
+        spellings = {item.name, item.name.removeprefix("wan2.2-").removeprefix("wan2.1-"), *item.aliases}
+        if wanted in map(_letters, spellings):
+            return item
+    return None
+
+
+def find_files(name: str, store: Store) -> Found:
+    """Return the files that a spelling means: a file name, a path, a repository, or words to search for.
+
+    Names that circulate and were never published give the real ones, and say so. CatalogError names the nearest.
+    """
+    renamed = {_letters(key): value for key, value in store.renames.items()}.get(_letters(name))
+    if renamed:
+        files = tuple(file for real in renamed.real for file in _named(real, store))
+        return Found(files, f"{name} was never published: {renamed.why}")
+    if exact := _named(name, store):
+        return Found(exact)
+    if near := search(name, store):
+        return Found(near)
+    names = {file.name.casefold(): file.name for file in store.files}
+    close = difflib.get_close_matches(name.casefold(), names, n=3, cutoff=0.6)
+    raise CatalogError(
+        f"no file is called {name!r}, and none has all of its words",
+        f"nearest: {', '.join(names[key] for key in close)}" if close else "see `kinema models search WORDS`",
+        name=name,
+    )
+
+
+def search(words: str, store: Store) -> tuple[CatalogFile, ...]:
+    """Return the files whose repository, path, precision, role or models hold every word, in any case."""
+    wanted = re.findall(r"[a-z0-9._]+", words.casefold().replace("-", " "))
+    if not wanted:
+        return ()
+    return tuple(file for file in store.files if all(word in _text(file) for word in wanted))
+
+
+def _named(name: str, store: Store) -> tuple[CatalogFile, ...]:
+    """Return the files of this name, path or repository: as it is written, else in any case."""
+    name = name.strip("/")
+    exact = tuple(file for file in store.files if name in _spellings(file))
+    return exact or tuple(file for file in store.files if name.casefold() in map(str.casefold, _spellings(file)))
+
+
+def _spellings(file: CatalogFile) -> set[str]:
+    path = file.path.strip("/")
+    return {file.name, path, file.repository, f"{file.repository}/{path}", file.place, *file.paths}
+
+
+def _text(file: CatalogFile) -> str:
+    words = (file.repository, file.path, file.precision, file.role, *file.used_by)
+    return " ".join(words).casefold().replace("-", " ")
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name.casefold()).strip()
+
+
+def alternatives(file: CatalogFile, store: Store) -> list[CatalogFile]:
+    """Return copies of a gated file that need no login: the same name and role, elsewhere."""
+    same: Iterable[CatalogFile] = (
+        other for other in store.files if other.name == file.name and other.role == file.role
+    )
+    return [other for other in same if other.gated is False and other.repository != file.repository]
