@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from golden_weights import fill
 from kinema.schema import Component
-from kinema.weights.structure import MODELS
+from kinema.weights.structure import MODELS, constructor_arguments
 
 MANIFESTS = Path(__file__).parent / "formats" / "manifests"
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "F8_E4M3": 1}
@@ -58,6 +58,15 @@ TINY: dict[Component, dict[str, Any]] = {
         "num_layers": 3,
         "mlp_ratio": 2,
     },
+    "audio_encoder": {
+        "dim": 128,
+        "num_layers": 2,
+        "ffn_dim": 64,
+        "conv_dim": 16,
+        "kernels": [10, 3, 3, 3, 3, 2, 2],
+        "position_kernel": 16,
+        "position_width": 32,
+    },
 }
 """Constructor arguments of one small model of each component, all of them readable from shapes."""
 
@@ -91,8 +100,7 @@ def write_sparse(
 
 def tiny(component: Component, config: dict[str, Any] | None = None, salt: int = 3) -> nn.Module:
     """Return a small model of golden weights."""
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in (config or TINY[component]).items()}
-    module = MODELS[component].module(MODELS[component].arguments(**arguments))
+    module = MODELS[component].module(MODELS[component].arguments(**constructor_arguments(config or TINY[component])))
     fill(module, salt)
     return module.requires_grad_(False).eval()
 

@@ -17,7 +17,19 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 Expert = Literal["model", "high", "low"]
 Solver = Literal["unipc", "dpmpp", "euler"]
 Precision = Literal["fast", "reference"]
-Component = Literal["dit", "vae", "text_encoder", "clip_vision"]
+Component = Literal[
+    "dit",
+    "vae",
+    "text_encoder",
+    "clip_vision",
+    "audio_encoder",
+    "flux_dit",
+    "flux_vae",
+    "t5",
+    "clip_text",
+    "siglip",
+    "redux",
+]
 OutputKind = Literal["mp4", "webm", "gif", "webp", "png", "latents"]
 
 AREAS = {"480p": 832 * 480, "720p": 1280 * 720}
@@ -73,6 +85,7 @@ class Request(Frozen):
     vae: Path | None = _field("model", "VAE file or folder.")
     text_encoder: Path | None = _field("model", "umT5 file or folder.")
     clip_vision: Path | None = _field("model", "CLIP vision file or folder.")
+    audio_encoder: Path | None = _field("model", "wav2vec2 file or folder, of speech-driven models.")
     tokenizer: Path | None = _field("model", "Folder or file of the umT5 tokenizer (spiece.model or tokenizer.json).")
 
     first: Path | None = _field("media", "Image that frame 0 shows.")
@@ -181,7 +194,8 @@ class MediaFacts(Frozen):
 
     frames         of a camera file, the poses in it.
     fps            of a video, the mean where its rate varies; None where there is no time, as in a folder of frames.
-    seconds        from the first frame's start to the last one's end.
+    seconds        from the first frame's start to the last one's end; of sound, all of it.
+    rate, channels, silent   of sound: samples a second, channels, and whether every sample is zero.
     """
 
     path: Path
@@ -193,6 +207,9 @@ class MediaFacts(Frozen):
     seconds: float | None = None
     variable_rate: bool = False
     has_alpha: bool = False
+    rate: int = 0
+    channels: int = 0
+    silent: bool = False
 
 
 class Machine(Frozen):
@@ -374,6 +391,14 @@ class CameraPlan(Frozen):
 
     segments: tuple[CameraSegment, ...]
     path: Path | None = None
+
+
+class SoundPlan(Frozen):
+    """The sound of a video: `seconds` of a file from `start` on, or as much of it as there is."""
+
+    path: Path
+    start: float = 0.0
+    seconds: float
 
 
 class Plan(Frozen):

@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from kinema.schema import SoundPlan
+
 
 @dataclass(frozen=True)
 class VaceConditions:
@@ -56,6 +58,38 @@ class AnimateConditions:
 
 
 @dataclass(frozen=True)
+class SpeechConditions:
+    """What S2V is told of one clip.
+
+    audio_BLDT       hidden states of the speech encoder, one column a pixel frame of the clip.
+    reference_BCFhw  normalised latent of the reference image, one latent frame.
+    motion_BCFhw     normalised latents of the frames before the clip, newest last; None: the clip follows nothing.
+    pose_BCFhw       normalised latents of the pose video, as many as the clip's; None without one.
+    history_frames   latent frames of time before the clip, through which its first sound is held.
+    """
+
+    audio_BLDT: Tensor
+    reference_BCFhw: Tensor
+    motion_BCFhw: Tensor | None = None
+    pose_BCFhw: Tensor | None = None
+    history_frames: int = 19
+
+
+@dataclass(frozen=True)
+class FluxConditions:
+    """What FLUX is told besides text rows.
+
+    pooled_BD  pooled CLIP text, one vector a batch entry.
+    guidance   guidance scale the model was distilled with as an input; None where it has none (schnell).
+    images     normalised latents_BCFhw of images to attend to (Kontext), of any even size.
+    """
+
+    pooled_BD: Tensor
+    guidance: float | None = None
+    images: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
 class Conditions:
     """What one guidance branch of a DiT is conditioned on, constant over a run. Batched; CPU or device tensors.
 
@@ -64,6 +98,7 @@ class Conditions:
     concat_BCFhw  channels concatenated after the noise (mask4 + image16), None where there are none.
     clean_BCFhw   normalised latents that overwrite the first latent frames, whose tokens then see t = 0.
     vace, ...     what each adapter is told, None where it is not used.
+    flux          what FLUX takes besides, None for Wan.
     """
 
     text: tuple[Tensor, ...]
@@ -74,6 +109,8 @@ class Conditions:
     camera: CameraConditions | None = None
     reference: ReferenceConditions | None = None
     animate: AnimateConditions | None = None
+    speech: SpeechConditions | None = None
+    flux: FluxConditions | None = None
 
     def to(self, device: torch.device | str) -> Conditions:
         return cast(Conditions, _moved(self, device))
@@ -96,6 +133,7 @@ class Media:
 
     chunks    iterator of frames_THWC, float32 in [0, 1] or uint8; consumed once.
     frames    how many frames there will be in all.
+    audio     sound for containers that can hold it, mp4 and webm.
     """
 
     chunks: Iterator[Tensor]
@@ -104,3 +142,4 @@ class Media:
     height: int
     fps: float
     metadata: dict[str, str]
+    audio: SoundPlan | None = None

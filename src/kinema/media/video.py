@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from kinema.errors import NumericsError, OutputError, RequestError
+from kinema.media.audio import SoundTrack
 from kinema.media.metadata import add_gif_comment, pack, png_text, read_metadata, webp_exif
 from kinema.media.probe import probe
 from kinema.media.reader import read_video
@@ -214,9 +215,14 @@ def _encode(
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = BT709
             context.color_range = LIMITED_RANGE
-        for image in images:
+        sound = SoundTrack(container, codec.container, media.audio) if media.audio and codec in (MP4, WEBM) else None
+        for number, image in enumerate(images):
             container.mux(stream.encode(image))
+            if sound:
+                sound.until(float(number / fps))
         container.mux(stream.encode())
+        if sound:
+            sound.until(float("inf"))
     with av.open(where) as container:
         found = sum(1 for packet in container.demux(video=0) if packet.size)
     if found != media.frames:

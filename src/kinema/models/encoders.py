@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ from kinema.models.tokenizer import Tokenizer
 class TextEncoderConfig:
     """Structure of a umT5 encoder; umT5-XXL is (256384, 4096, 4096, 64, 10240, 24).
 
-    dim_attn  width of all heads together, num_heads times the width of one.
+    dim_attn     width of all heads together, num_heads times the width of one.
+    shared_bias  the relative bias of block 0 serves all blocks: T5. umT5 has one in every block.
     """
 
     vocab: int
@@ -43,6 +45,7 @@ class TextEncoderConfig:
     num_buckets: int = 32
     max_distance: int = 128
     eps: float = 1e-6
+    shared_bias: bool = False
 
 
 class T5Linear(Linear):
@@ -125,25 +128,28 @@ class RelativeBias(nn.Module):
 
 
 class T5Block(nn.Module):
-    def __init__(self, config: TextEncoderConfig) -> None:
+    def __init__(self, config: TextEncoderConfig, has_bias: bool = True) -> None:
         super().__init__()
         self.norm1 = T5Norm(config.dim, config.eps)
         self.attn = T5Attention(config)
         self.norm2 = T5Norm(config.dim, config.eps)
         self.ffn = T5FeedForward(config)
-        self.pos_embedding = RelativeBias(config)  # umT5 has one a layer, T5 one for all
+        if has_bias:
+            self.pos_embedding = RelativeBias(config)
 
-    def forward(self, x_BSD: Tensor, mask_B11S: Tensor | None) -> Tensor:
-        bias = self.pos_embedding(x_BSD.shape[1])[None]
-        if mask_B11S is not None:
-            bias = bias.masked_fill(~mask_B11S, torch.finfo(bias.dtype).min)
+    def bias(self, num_tokens: int, mask_B11S: Tensor | None) -> Tensor:
+        """Return the attention bias [1 or B, N, S, S] of this block, its lowest number where a key is padding."""
+        bias: Tensor = self.pos_embedding(num_tokens)[None]
+        return bias if mask_B11S is None else bias.masked_fill(~mask_B11S, torch.finfo(bias.dtype).min)
+
+    def forward(self, x_BSD: Tensor, bias: Tensor) -> Tensor:
         x_BSD = x_BSD + self.attn(self.norm1(x_BSD), bias)
         x_BSD = x_BSD + self.ffn(self.norm2(x_BSD))
         return x_BSD
 
 
 class UMT5(nn.Module):
-    """umT5 encoder: token ids to features. Trainable; dropout is left out.
+    """umT5 encoder, or T5 by `shared_bias`: token ids to features. Trainable; dropout is left out.
 
     run_blocks   as in `WanDiT`.
 
@@ -157,7 +163,9 @@ class UMT5(nn.Module):
         self.config = config
         self.run_blocks = run_in_order
         self.token_embedding = nn.Embedding(config.vocab, config.dim)
-        self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            T5Block(config, has_bias=index == 0 or not config.shared_bias) for index in range(config.num_layers)
+        )
         self.norm = T5Norm(config.dim, config.eps)
 
     def encode(self, ids_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
@@ -169,7 +177,15 @@ class UMT5(nn.Module):
         mask_B11S = None if mask_BS is None else mask_BS.to(self.norm.weight.device, torch.bool)[:, None, None, :]
         # The table, a fifth of the model for a few hundred rows, may stay on the host and as its file stores it.
         x_BSD = self.token_embedding(ids_BS.to(self.token_embedding.weight.device)).to(self.norm.weight).float()
-        x_BSD = self.run_blocks(self.blocks, lambda block, _, x_BSD: block(x_BSD, mask_B11S), x_BSD)
+
+        def step(module: nn.Module, _: int, state: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+            block, (x_BSD, bias) = cast(T5Block, module), state
+            if bias is None or not self.config.shared_bias:
+                bias = block.bias(x_BSD.shape[1], mask_B11S)
+            return block(x_BSD, bias), bias
+
+        start: tuple[Tensor, Tensor | None] = (x_BSD, None)
+        x_BSD, _ = self.run_blocks(self.blocks, step, start)
         features_BSD: Tensor = self.norm(x_BSD)
         return features_BSD
 

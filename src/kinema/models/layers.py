@@ -7,7 +7,7 @@ Shape letters: B batch, L tokens, S text tokens, D width, N heads, K head dim, R
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -88,16 +88,27 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, *, dtype: torch.dtype,
     The K/2 slots are split t : h : w as 22 : 21 : 21 for K = 128; each axis has its own ladder of frequencies
     10000 ** (-j / slots).
     """
+    return rope_at((range(grid[0]), range(grid[1]), range(grid[2])), head_dim, dtype=dtype, device=device)
+
+
+def rope_at(
+    positions: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    head_dim: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Return the rope_table of tokens at given positions along time, height and width; they may be negative."""
     slots = head_dim // 2
     split = (slots - 2 * (slots // 3), slots // 3, slots // 3)
     real = torch.float32 if device.type == "mps" else torch.float64
     turns = []
-    for axis, (length, width) in enumerate(zip(grid, split, strict=True)):
-        positions = torch.arange(length, dtype=real, device=device)
+    grid = [len(axis) for axis in positions]
+    for axis, (places, width) in enumerate(zip(positions, split, strict=True)):
         frequencies = 10000.0 ** (-torch.arange(width, dtype=real, device=device) / width)
-        angles = torch.outer(positions, frequencies)
+        angles = torch.outer(torch.tensor(list(places), dtype=real, device=device), frequencies)
         shape = [1, 1, 1, width]
-        shape[axis] = length
+        shape[axis] = len(places)
         turns.append(torch.polar(torch.ones_like(angles), angles).view(shape).expand(*grid, width))
     return torch.cat(turns, dim=-1).reshape(-1, slots).to(dtype)
 

@@ -20,6 +20,7 @@ from kinema.models.adapters.animate import Animate
 from kinema.models.adapters.camera import Camera
 from kinema.models.adapters.motion import blur_kernel
 from kinema.models.adapters.reference import Reference
+from kinema.models.adapters.speech import Speech
 from kinema.models.adapters.vace import Vace
 from kinema.models.layers import Attention, Linear, RunBlocks, rope_table, run_in_order, sdpa, sinusoid
 from kinema.models.wan_blocks import Block, ClipEmbedding, Context, Head, Stream, pad_texts
@@ -33,6 +34,7 @@ ADAPTERS: dict[str, Callable[[WanConfig], Adapter]] = {
     "camera": Camera,
     "reference": Reference,
     "animate": Animate,
+    "speech": Speech,
 }
 """What each field of WanConfig in ADAPTER_CONFIGS adds; in this order they change the stream."""
 
@@ -43,6 +45,10 @@ FLOAT32_PARTS = (
     "pose_patch_embedding.",
     "motion_encoder.",
     "face_encoder.",
+    "cond_encoder.",
+    "trainable_cond_mask.",
+    "casual_audio_encoder.",
+    "frame_packer.",
     "time_embedding.",
     "time_projection.",
     "head.",

@@ -68,11 +68,29 @@ class AnimateConfig:
         return 4 * 2 ** (len(self.channels) - 1)
 
 
+@dataclass(frozen=True)
+class SpeechConfig:
+    """Sound, a reference image, motion and a pose video: what S2V adds.
+
+    layers          main blocks after which the video attends to the sound.
+    audio_dim       width of the speech encoder, of which `audio_layers` hidden states are read.
+    num_tokens      local tokens of sound a latent frame, besides a constant one.
+    pose_channels   latent channels of the pose video.
+    """
+
+    layers: tuple[int, ...]
+    audio_dim: int = 1024
+    audio_layers: int = 25
+    num_tokens: int = 4
+    pose_channels: int = 16
+
+
 ADAPTER_CONFIGS: dict[str, type] = {
     "vace": VaceConfig,
     "camera": CameraConfig,
     "reference": ReferenceConfig,
     "animate": AnimateConfig,
+    "speech": SpeechConfig,
 }
 """Fields of WanConfig that hold structures of their own; fields of Conditions of the same name feed them."""
 
@@ -104,6 +122,7 @@ class WanConfig:
     camera: CameraConfig | None = None
     reference: ReferenceConfig | None = None
     animate: AnimateConfig | None = None
+    speech: SpeechConfig | None = None
 
     @property
     def num_heads(self) -> int:

@@ -10,6 +10,7 @@ Parity: tests/parity/test_solvers.py.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -55,6 +56,16 @@ def schedule(solver: Solver, steps: int, shift: float) -> Schedule:
     if solver == "euler":
         return Schedule(sigmas, _float32([sigma * TRAIN_TIMESTEPS for sigma in exact]))
     return Schedule(sigmas, tuple(float(int(sigma * TRAIN_TIMESTEPS)) for sigma in exact))
+
+
+def flux_shift(tokens: int) -> float:
+    """Return FLUX.1's shift for an image of `tokens` tokens: its exponent grows linearly with them, 0.5 at 256 (a
+    256 x 256 image) and 1.15 at 4096 (1024 x 1024), and on beyond both.
+
+    Source: black-forest-labs/flux src/flux/sampling.py get_schedule (Apache-2.0).
+    """
+    slope = (1.15 - 0.5) / (4096 - 256)
+    return math.exp(0.5 + slope * (tokens - 256))
 
 
 def expert_of(timestep: float, boundary: float | None) -> Expert:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from kinema.schema import FileFacts
+from kinema.schema import Component, FileFacts
 from kinema.weights.files import TensorFile, open_tensors
 from kinema.weights.folders import find_tokenizer, resolve_folder
 from kinema.weights.keys import Translation, translate
@@ -21,13 +21,15 @@ from kinema.weights.structure import MODELS, Shapes, build_for
 __all__ = ["find_tokenizer", "inspect", "resolve_folder"]
 
 
-def inspect(path: Path | str | Sequence[Path]) -> FileFacts:
-    """Return what a checkpoint (file, folder, index or shards) is. Reads headers only.
+def inspect(path: Path | str | Sequence[Path], component: Component | None = None) -> FileFacts:
+    """Return what a checkpoint (file, folder, index or shards) is; of an all-in-one file, what its `component` is.
+
+    Reads headers only.
 
     Raises CheckpointError for a file that is damaged, quantised, another model, or not exactly a model that is known.
     """
     file = open_tensors(path)
-    translation = translate(file)
+    translation = translate(file, component)
     shapes = Shapes(file, translation)
     model = MODELS[translation.dialect.component]
     config = model.config(shapes)

@@ -24,13 +24,16 @@ COMFY_FOLDERS = {
     "vae": ("vae",),
     "text_encoder": ("text_encoders", "clip"),
     "clip_vision": ("clip_vision",),
+    "audio_encoder": ("audio_encoders",),
 }
+AUDIO_ENCODER_FOLDER = "wav2vec2-large-xlsr-53-english"
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 TOKENIZER_FOLDERS = ("google/umt5-xxl", "tokenizer", "umt5-xxl")
 
 
 def resolve_folder(folder: Path, given: Collection[str] = ()) -> dict[str, Path]:
-    """Return paths by role: dit, dit_high, vae, text_encoder, clip_vision, tokenizer; without those that have no file.
+    """Return paths by role: dit, dit_high, vae, text_encoder, clip_vision, audio_encoder, tokenizer; without those that
+    have no file.
 
     given   roles named by hand, which are not looked for and so cannot be ambiguous.
     Raises CatalogError listing the candidates where a role has several, CheckpointError where a role has none and a
@@ -84,12 +87,14 @@ def _diffusers(folder: Path, index: dict[str, Any], given: Collection[str]) -> d
 def _official(folder: Path, given: Collection[str]) -> dict[str, Path]:
     """Expert folders are certain; everything else at the top is told by its header."""
     roles = {role: folder / name for role, name in EXPERT_FOLDERS.items() if (folder / name).is_dir()}
+    audio = {"audio_encoder": folder / AUDIO_ENCODER_FOLDER}
+    audio = {role: path for role, path in audio.items() if path.is_dir() and role not in given}
     needed = {"vae", "text_encoder", *(() if roles else ("dit",))} - set(given)
     candidates = _by_component(checkpoints_in(folder), needed)
     candidates = {role: paths for role, paths in candidates.items() if role not in given}
     if roles and "dit" in candidates:
         raise _ambiguous(folder, "dit", [*candidates["dit"], *roles.values()])
-    return roles | _single(folder, candidates)
+    return roles | _single(folder, candidates) | audio
 
 
 def _comfyui(folder: Path, given: Collection[str]) -> dict[str, Path]:

@@ -31,7 +31,7 @@ QUANTISED_DTYPES = {
 FOREIGN = (
     (r".*\.(lora_A|lora_B|lora_down|lora_up|lora_a|lora_b)(\..+)?|lora_(unet|te).*|.*\.diff(_b|_m)?", "a LoRA"),
     (r".*(hada_w1_a|lokr_w1|lokr_w2).*", "a LoHa or LoKr adapter"),
-    (r"(model\.diffusion_model\.)?double_blocks\.0\.img_attn\.qkv\.weight", "a FLUX or HunyuanVideo transformer"),
+    (r"(model\.diffusion_model\.)?double_blocks\.0\.img_attn\.qkv\.weight", "a HunyuanVideo transformer"),
     (r"single_transformer_blocks\.0\..+", "a FLUX transformer in diffusers names"),
     (r"(model\.diffusion_model\.)?joint_blocks\.0\..+", "a Stable Diffusion 3 transformer"),
     (r"(model\.diffusion_model\.)?input_blocks\.0\..+|down_blocks\.0\.attentions\..+", "a Stable Diffusion UNet"),
@@ -41,7 +41,6 @@ FOREIGN = (
     (r"(text_model\.)?encoder\.layers\.0\..*", "a CLIP text encoder"),
     (r"text_model\.encoder\.layers\.0\..+", "a CLIP text encoder"),
     (r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight", "a T5 encoder, not umT5"),
-    (r"(wav2vec2\.)?encoder\.layers\.0\.attention\..+", "a wav2vec2 audio encoder"),
     (r"(model\.)?layers\.0\.self_attn\.q_proj\.weight", "a language model"),
     (r"transformer_blocks\.0\..+", "a transformer of another family (LTX, Qwen-Image, CogVideoX)"),
     (r"latents", "latents saved by Kinema; `kinema decode` makes the video"),

@@ -1,6 +1,6 @@
 """How each publisher spells the tensors of a model: tables from their names to the official ones.
 
-A dialect is data: marks that prove it, a prefix, names it may ignore, and rules. Shapes and values are others' affair.
+Shapes and values are others' affair.
 Source: Wan-Video/Wan2.1 and Wan-Video/Wan2.2 wan/modules (official names); huggingface/diffusers
 scripts/convert_wan_to_diffusers.py; huggingface/transformers UMT5EncoderModel, CLIPVisionModel; ComfyUI file headers.
 """
@@ -15,46 +15,28 @@ import torch
 from torch import Tensor
 
 from kinema.schema import Component
+from kinema.weights.dialect import WB, Dialect, Rule
 from kinema.weights.files import TensorFile
 from kinema.weights.foreign import refuse_foreign, refuse_quantised
-
-
-@dataclass(frozen=True)
-class Rule:
-    """File names that match `pattern` whole are the official tensor `official` (a template of re.sub).
-
-    part       its place among several that are joined along axis 0.
-    lead       axes of size 1 to put in front of its shape; tail: behind it.
-    copy       a second name of the same tensor: used where the first is absent, else ignored.
-    """
-
-    pattern: str
-    official: str
-    part: int = 0
-    lead: int = 0
-    tail: int = 0
-    copy: bool = False
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """One spelling of one component. `marks` are names every such file has; names and rules are without `prefix`."""
-
-    component: Component
-    name: str
-    marks: tuple[str, ...]
-    rules: tuple[Rule, ...] = (Rule("(.+)", r"\1"),)
-    prefix: str = ""
-    ignore: tuple[str, ...] = ()
+from kinema.weights.keys_encoders import (
+    CLIP_TRANSFORMERS,
+    CLIP_UNUSED,
+    TEXT_TRANSFORMERS,
+    WAV2VEC2_MARKS,
+    WAV2VEC2_POSITIONS,
+    WAV2VEC2_UNUSED,
+)
+from kinema.weights.keys_flux import FLUX_DIALECTS
 
 
 @dataclass
 class Source:
-    """File names by part, to be joined along axis 0, then led and followed by axes of size 1."""
+    """File names by part, to be joined along axis 0, then put between axes of size 1."""
 
     parts: dict[int, str] = field(default_factory=dict)
     lead: int = 0
     tail: int = 0
+    swap: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,12 +69,12 @@ class Translation:
         source = self.sources[official]
         parts = [file.get(name) for name in source.names]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if source.swap:
+            tensor = torch.cat(tuple(reversed(tensor.chunk(2))))
         return tensor.reshape((1,) * source.lead + tensor.shape + (1,) * source.tail)
 
 
 # --- DiT -------------------------------------------------------------------------------------------
-
-WB = r"\.(weight|bias)"
 
 
 def _dit_blocks(theirs: str, official: str) -> tuple[Rule, ...]:
@@ -237,44 +219,6 @@ VAE22_DIFFUSERS = (
     *_resampler(r"decoder\.up_blocks\.(\d+)\.upsampler", rf"decoder.upsamples.\1.upsamples.{UP_BLOCKS}", 2),
 )
 
-# --- encoders --------------------------------------------------------------------------------------
-
-T5_BLOCK, T5_ATTENTION = r"encoder\.block\.(\d+)", r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention"
-
-TEXT_TRANSFORMERS = (
-    Rule(r"shared\.weight", "token_embedding.weight"),
-    Rule(r"encoder\.embed_tokens\.weight", "token_embedding.weight", copy=True),
-    Rule(rf"{T5_ATTENTION}\.(q|k|v|o)\.weight", r"blocks.\1.attn.\2.weight"),
-    Rule(rf"{T5_ATTENTION}\.relative_attention_bias\.weight", r"blocks.\1.pos_embedding.embedding.weight"),
-    Rule(rf"{T5_BLOCK}\.layer\.0\.layer_norm\.weight", r"blocks.\1.norm1.weight"),
-    Rule(rf"{T5_BLOCK}\.layer\.1\.layer_norm\.weight", r"blocks.\1.norm2.weight"),
-    Rule(rf"{T5_BLOCK}\.layer\.1\.DenseReluDense\.wi_0\.weight", r"blocks.\1.ffn.gate.0.weight"),
-    Rule(rf"{T5_BLOCK}\.layer\.1\.DenseReluDense\.wi_1\.weight", r"blocks.\1.ffn.fc1.weight"),
-    Rule(rf"{T5_BLOCK}\.layer\.1\.DenseReluDense\.wo\.weight", r"blocks.\1.ffn.fc2.weight"),
-    Rule(r"encoder\.final_layer_norm\.weight", "norm.weight"),
-)
-
-CLIP_LAYER = r"vision_model\.encoder\.layers\.(\d+)"
-
-CLIP_TRANSFORMERS = (
-    Rule(r"vision_model\.embeddings\.class_embedding", "cls_embedding", lead=2),
-    Rule(r"vision_model\.embeddings\.position_embedding\.weight", "pos_embedding", lead=1),
-    Rule(r"vision_model\.embeddings\.patch_embedding\.weight", "patch_embedding.weight"),
-    Rule(rf"vision_model\.pre_layrnorm{WB}", r"pre_norm.\1"),  # spelt so in every file
-    Rule(rf"vision_model\.post_layernorm{WB}", r"post_norm.\1"),
-    Rule(rf"{CLIP_LAYER}\.self_attn\.q_proj{WB}", r"transformer.\1.attn.to_qkv.\2", part=0),
-    Rule(rf"{CLIP_LAYER}\.self_attn\.k_proj{WB}", r"transformer.\1.attn.to_qkv.\2", part=1),
-    Rule(rf"{CLIP_LAYER}\.self_attn\.v_proj{WB}", r"transformer.\1.attn.to_qkv.\2", part=2),
-    Rule(rf"{CLIP_LAYER}\.self_attn\.out_proj{WB}", r"transformer.\1.attn.proj.\2"),
-    Rule(rf"{CLIP_LAYER}\.layer_norm1{WB}", r"transformer.\1.norm1.\2"),
-    Rule(rf"{CLIP_LAYER}\.layer_norm2{WB}", r"transformer.\1.norm2.\2"),
-    Rule(rf"{CLIP_LAYER}\.mlp\.fc1{WB}", r"transformer.\1.mlp.0.\2"),
-    Rule(rf"{CLIP_LAYER}\.mlp\.fc2{WB}", r"transformer.\1.mlp.2.\2"),
-)
-
-CLIP_UNUSED = (r"post_norm\.(weight|bias)", r"head", r"transformer\.LAST\..+")
-"""Official names that Wan never runs: it takes the features before the last block."""
-
 # --- the table ---------------------------------------------------------------------------------------
 
 DIT_MARKS = ("head.modulation", "blocks.0.self_attn.q.weight")
@@ -332,13 +276,19 @@ DIALECTS = (
             "logit_scale",
         ),
     ),
+    Dialect("audio_encoder", "transformers", WAV2VEC2_MARKS, WAV2VEC2_POSITIONS, "wav2vec2.", WAV2VEC2_UNUSED),
+    Dialect("audio_encoder", "transformers", WAV2VEC2_MARKS, WAV2VEC2_POSITIONS, ignore=WAV2VEC2_UNUSED),
+    *FLUX_DIALECTS,
 )
 
 
-def translate(file: TensorFile) -> Translation:
-    """Return what the names of a file mean. Raises CheckpointError for quantised files and for other models."""
+def translate(file: TensorFile, component: Component | None = None) -> Translation:
+    """Return what the names of a file mean: of an all-in-one file, as `component`.
+
+    Raises CheckpointError for quantised files and for other models.
+    """
     refuse_quantised(file)
-    dialect = _recognise(file)
+    dialect = _recognise(file, component) or _recognise(file)
     if dialect is None:
         refuse_foreign(file)
     sources: dict[str, Source] = {}
@@ -372,8 +322,15 @@ def component_of(file: TensorFile) -> Component | None:
     return dialect.component if dialect else None
 
 
-def _recognise(file: TensorFile) -> Dialect | None:
-    return next((row for row in DIALECTS if all(row.prefix + mark in file for mark in row.marks)), None)
+def components_of(file: TensorFile) -> tuple[Component, ...]:
+    """Return all components a file holds: several of an all-in-one file. Never raises."""
+    found = (row.component for row in DIALECTS if all(row.prefix + mark in file for mark in row.marks))
+    return tuple(dict.fromkeys(found))
+
+
+def _recognise(file: TensorFile, component: Component | None = None) -> Dialect | None:
+    rows = (row for row in DIALECTS if component in (None, row.component))
+    return next((row for row in rows if all(row.prefix + mark in file for mark in row.marks)), None)
 
 
 def _rule(dialect: Dialect, name: str) -> Rule | None:
@@ -386,7 +343,7 @@ def _matching(patterns: Iterable[str], name: str) -> str | None:
 
 def _place(sources: dict[str, Source], official: str, name: str, rule: Rule) -> bool:
     """File `name` under its official name; False where that place is taken."""
-    source = sources.setdefault(official, Source(lead=rule.lead, tail=rule.tail))
+    source = sources.setdefault(official, Source(lead=rule.lead, tail=rule.tail, swap=rule.swap))
     if rule.part in source.parts:
         return False
     source.parts[rule.part] = name

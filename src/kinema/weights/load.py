@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from kinema.errors import CheckpointError
+from kinema.models import flux, wan
 from kinema.models.tokenizer import Tokenizer
-from kinema.models.wan import constant, stays_float32
+from kinema.models.wan import constant
 from kinema.schema import Component, ModelRef
 from kinema.weights.files import TensorFile, open_tensors
 from kinema.weights.keys import Translation, translate
 from kinema.weights.structure import WHAT, Shapes, build, check
 
-FLOAT32_KEYS: dict[Component, Callable[[str], bool]] = {"dit": stays_float32}
+FLOAT32_KEYS: dict[Component, Callable[[str], bool]] = {
+    "dit": wan.stays_float32,
+    "flux_dit": flux.stays_float32,
+}
 """Which official names stay float32 whatever the dtype asked for."""
 
 
@@ -29,7 +33,7 @@ def load(ref: ModelRef) -> nn.Module:
     Raises CheckpointError for missing, left-over or misshapen tensors.
     """
     file = open_tensors(ref.files)
-    translation = translate(file)
+    translation = translate(file, ref.component)
     if translation.dialect.component != ref.component:
         found, wanted = WHAT[translation.dialect.component], WHAT[ref.component]
         raise CheckpointError(f"{file.path} is {found}, not {wanted}", path=file.path, expected=wanted, found=found)

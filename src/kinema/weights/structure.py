@@ -16,13 +16,22 @@ import torch
 from torch import nn
 
 from kinema.errors import CheckpointError, KinemaError
+from kinema.models.clip_text import ClipText, ClipTextConfig
 from kinema.models.encoders import UMT5, ClipVision, ClipVisionConfig, TextEncoderConfig
+from kinema.models.flux import FluxConfig, FluxDiT
+from kinema.models.flux_vae import FluxVAE, FluxVAEConfig
+from kinema.models.siglip import Redux, ReduxConfig, Siglip, SiglipConfig
 from kinema.models.wan import WanConfig, WanDiT, constant
 from kinema.models.wan_config import ADAPTER_CONFIGS, CameraConfig
 from kinema.models.wan_vae import LATENT_STATISTICS, WanVAE, WanVAEConfig
+from kinema.models.wav2vec import STRIDES, Wav2Vec, Wav2VecConfig
 from kinema.schema import Component
 from kinema.weights.files import TensorFile
 from kinema.weights.keys import Translation
+
+S2V_LAYERS = {(40, 12): (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)}
+"""Blocks after which the sound enters, by number of blocks and of injectors.
+Source: Wan-Video/Wan2.2 wan/configs/wan_s2v_14B.py (Apache-2.0)."""
 
 CLIP_HEAD_WIDTH = 80
 CLIP_VIT_H = (1280, 32)
@@ -117,11 +126,38 @@ def _animate(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _speech(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
+    """S2V's additions. Where its injectors stand is in no shape: the metadata may say, else it is the official 14B."""
+    num_layers, injectors = config["num_layers"], shapes.count(r"audio_injector\.injector\.(\d+)\.")
+    told = shapes.file.metadata.get("audio_inject_layers")
+    try:
+        layers = (
+            [int(layer) for layer in json.loads(told)] if told else list(S2V_LAYERS.get((num_layers, injectors), ()))
+        )
+    except (ValueError, TypeError) as error:
+        raise shapes.error("its metadata audio_inject_layers is not a JSON list of numbers") from error
+    if len(layers) != injectors or sorted(set(layers)) != layers or not all(0 <= n < num_layers for n in layers):
+        raise shapes.error(
+            f"after which of its {num_layers} blocks its {injectors} audio injectors stand is unknown",
+            "Store it in the safetensors metadata as audio_inject_layers, a JSON list.",
+        )
+    local = shapes.axis("casual_audio_encoder.encoder.conv1_local.conv.weight", 0)
+    quarter = shapes.axis("casual_audio_encoder.encoder.conv1_global.conv.weight", 0)
+    return {
+        "layers": layers,
+        "audio_dim": shapes.axis("casual_audio_encoder.encoder.conv1_local.conv.weight", 1),
+        "audio_layers": shapes.axis("casual_audio_encoder.weights", 1),
+        "num_tokens": local // quarter,
+        "pose_channels": shapes.axis("cond_encoder.weight", 1),
+    }
+
+
 ADAPTERS: dict[str, tuple[str, Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]]] = {
     "vace": ("vace_patch_embedding.weight", _vace),
     "camera": ("control_adapter.conv.weight", _camera),
     "reference": ("ref_conv.weight", _reference),
     "animate": ("face_adapter.fuser_blocks.0.k_norm.weight", _animate),
+    "speech": ("casual_audio_encoder.encoder.final_linear.weight", _speech),
 }
 """Fields of WanConfig that hold an adapter: the tensor that shows it is there, and how its structure is read.
 Source of the markers: ComfyUI comfy/model_detection.py (facts only)."""
@@ -213,6 +249,87 @@ def clip_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def audio_config(shapes: Shapes) -> dict[str, Any]:
+    convolutions = shapes.count(r"feature_extractor\.conv_layers\.(\d+)\.")
+    if convolutions != len(STRIDES) or "feature_extractor.conv_layers.1.layer_norm.weight" not in shapes:
+        raise shapes.error(
+            "it is a wav2vec2 of another form: S2V takes one with a layer norm in each of its 7 convolutions",
+            "Take wav2vec2-large-xlsr-53-english, or wav2vec2_large_english_fp16.safetensors.",
+        )
+    dim = shapes.axis("encoder.layer_norm.weight", 0)
+    return {
+        "dim": dim,
+        "num_layers": shapes.count(r"encoder\.layers\.(\d+)\."),
+        "ffn_dim": shapes.axis("encoder.layers.0.feed_forward.intermediate_dense.weight", 0),
+        "conv_dim": shapes.axis("feature_projection.layer_norm.weight", 0),
+        "kernels": [shapes.axis(f"feature_extractor.conv_layers.{n}.conv.weight", 2) for n in range(convolutions)],
+        "position_kernel": shapes.axis("encoder.pos_conv_embed.conv.weight_v", 2),
+        "position_width": shapes.axis("encoder.pos_conv_embed.conv.weight_v", 1),
+    }
+
+
+def flux_config(shapes: Shapes) -> dict[str, Any]:
+    config = {
+        "dim": shapes.axis("img_in.weight", 0),
+        "mlp_dim": shapes.axis("double_blocks.0.img_mlp.0.weight", 0),
+        "num_double": shapes.count(r"double_blocks\.(\d+)\."),
+        "num_single": shapes.count(r"single_blocks\.(\d+)\."),
+        "in_channels": shapes.axis("img_in.weight", 1) // 4,
+        "out_channels": shapes.axis("final_layer.linear.weight", 0) // 4,
+        "text_dim": shapes.axis("txt_in.weight", 1),
+        "vector_dim": shapes.axis("vector_in.in_layer.weight", 1),
+        "has_guidance": "guidance_in.in_layer.weight" in shapes,
+    }
+    if config["dim"] % FluxConfig.head_dim:
+        raise shapes.error(f"its width {config['dim']} does not divide into heads {FluxConfig.head_dim} wide")
+    return config
+
+
+def flux_vae_config(shapes: Shapes) -> dict[str, Any]:
+    dim = shapes.axis("encoder.conv_in.weight", 0)
+    levels = shapes.count(r"encoder\.down\.(\d+)\.")
+    widths = [shapes.axis(f"encoder.down.{n}.block.0.conv1.weight", 0) for n in range(levels)]
+    return {
+        "dim": dim,
+        "dim_mult": [width // max(dim, 1) for width in widths],
+        "num_res_blocks": shapes.count(r"encoder\.down\.0\.block\.(\d+)\."),
+        "z_dim": shapes.axis("decoder.conv_in.weight", 1),
+    }
+
+
+def t5_config(shapes: Shapes) -> dict[str, Any]:
+    return {**text_config(shapes), "shared_bias": True}
+
+
+def clip_text_config(shapes: Shapes) -> dict[str, Any]:
+    return {
+        "vocab": shapes.axis("embeddings.token_embedding.weight", 0),
+        "num_positions": shapes.axis("embeddings.position_embedding.weight", 0),
+        "dim": shapes.axis("embeddings.token_embedding.weight", 1),
+        "mlp_dim": shapes.axis("encoder.layers.0.mlp.fc1.weight", 0),
+        "num_layers": shapes.count(r"encoder\.layers\.(\d+)\."),
+    }
+
+
+def siglip_config(shapes: Shapes) -> dict[str, Any]:
+    patch_size = shapes.axis("embeddings.patch_embedding.weight", 2)
+    return {
+        "image_size": math.isqrt(shapes.axis("embeddings.position_embedding.weight", 0)) * patch_size,
+        "patch_size": patch_size,
+        "dim": shapes.axis("embeddings.patch_embedding.weight", 0),
+        "mlp_dim": shapes.axis("encoder.layers.0.mlp.fc1.weight", 0),
+        "num_layers": shapes.count(r"encoder\.layers\.(\d+)\."),
+    }
+
+
+def redux_config(shapes: Shapes) -> dict[str, Any]:
+    return {
+        "image_dim": shapes.axis("redux_up.weight", 1),
+        "hidden_dim": shapes.axis("redux_up.weight", 0),
+        "text_dim": shapes.axis("redux_down.weight", 0),
+    }
+
+
 # --- words -----------------------------------------------------------------------------------------
 
 
@@ -230,6 +347,7 @@ ADAPTER_WORDS = {
     "camera": "camera adapter",
     "reference": "reference image",
     "animate": "face blocks",
+    "speech": "sound after some blocks",
 }
 
 
@@ -246,11 +364,48 @@ def describe_clip(config: Mapping[str, Any]) -> str:
     return f"CLIP vision encoder {config['num_layers']} layers, {config['dim']} wide, {config['image_size']} pixels"
 
 
+def describe_audio(config: Mapping[str, Any]) -> str:
+    return f"wav2vec2 encoder {config['num_layers']} layers, {config['dim']} wide"
+
+
+def describe_flux(config: Mapping[str, Any]) -> str:
+    blocks = f"{config['num_double']} double and {config['num_single']} single blocks, {config['dim']} wide"
+    guidance = "guidance as an input" if config["has_guidance"] else "no guidance input"
+    return f"FLUX.1 transformer {blocks}, in {config['in_channels']}, out {config['out_channels']}, {guidance}"
+
+
+def describe_flux_vae(config: Mapping[str, Any]) -> str:
+    return f"FLUX.1 autoencoder {config['dim']} wide, {config['z_dim']} latent channels"
+
+
+def describe_t5(config: Mapping[str, Any]) -> str:
+    return f"T5 encoder {config['num_layers']} layers, {config['dim']} wide, {config['vocab']} tokens"
+
+
+def describe_clip_text(config: Mapping[str, Any]) -> str:
+    return f"CLIP text encoder {config['num_layers']} layers, {config['dim']} wide, {config['vocab']} tokens"
+
+
+def describe_siglip(config: Mapping[str, Any]) -> str:
+    return f"SigLIP vision encoder {config['num_layers']} layers, {config['dim']} wide, {config['image_size']} pixels"
+
+
+def describe_redux(config: Mapping[str, Any]) -> str:
+    return f"FLUX.1 Redux embedder, {config['image_dim']} to {config['text_dim']} wide"
+
+
 WHAT: dict[Component, str] = {
     "dit": "a Wan DiT",
     "vae": "a Wan VAE",
     "text_encoder": "a umT5 text encoder",
     "clip_vision": "a CLIP vision encoder",
+    "audio_encoder": "a wav2vec2 audio encoder",
+    "flux_dit": "a FLUX.1 transformer",
+    "flux_vae": "a FLUX.1 autoencoder",
+    "t5": "a T5 text encoder",
+    "clip_text": "a CLIP text encoder",
+    "siglip": "a SigLIP vision encoder",
+    "redux": "a FLUX.1 Redux embedder",
 }
 
 
@@ -269,13 +424,19 @@ MODELS: dict[Component, Model] = {
     "vae": Model(vae_config, WanVAEConfig, WanVAE, describe_vae),
     "text_encoder": Model(text_config, TextEncoderConfig, UMT5, describe_text),
     "clip_vision": Model(clip_config, ClipVisionConfig, ClipVision, describe_clip),
+    "audio_encoder": Model(audio_config, Wav2VecConfig, Wav2Vec, describe_audio),
+    "flux_dit": Model(flux_config, FluxConfig, FluxDiT, describe_flux),
+    "flux_vae": Model(flux_vae_config, FluxVAEConfig, FluxVAE, describe_flux_vae),
+    "t5": Model(t5_config, TextEncoderConfig, UMT5, describe_t5),
+    "clip_text": Model(clip_text_config, ClipTextConfig, ClipText, describe_clip_text),
+    "siglip": Model(siglip_config, SiglipConfig, Siglip, describe_siglip),
+    "redux": Model(redux_config, ReduxConfig, Redux, describe_redux),
 }
 
 
 # --- modules ---------------------------------------------------------------------------------------
 
 VARIANTS = (
-    (r"(casual_audio_encoder|audio_injector|cond_encoder|trainable_cond_mask|frame_packer)\..+", "Wan S2V"),
     (r"(audio_proj|.*audio_cross_attn).*", "an audio-driven Wan (HuMo, FantasyTalking, InfiniteTalk)"),
     (r"first_stage_model\..+|vae\..+|text_encoders\..+|cond_stage_model\..+", "an all-in-one checkpoint"),
 )
@@ -286,15 +447,15 @@ def build(component: Component, config: Mapping[str, Any]) -> nn.Module:
     """Return the module of these constructor arguments on the meta device: structure without memory."""
     model = MODELS[component]
     with torch.device("meta"):
-        return model.module(model.arguments(**_arguments(config)))
+        return model.module(model.arguments(**constructor_arguments(config)))
 
 
-def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+def constructor_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that a configuration of JSON values means: lists are tuples, adapters' fields their own classes."""
     arguments = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            value = ADAPTER_CONFIGS[key](**_arguments(value))
+            value = ADAPTER_CONFIGS[key](**constructor_arguments(value))
         arguments[key] = tuple(value) if isinstance(value, list) else value
     return arguments
 
