@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from kinema.schema import Request
 
-VERBS = frozenset({"generate", "plan", "inspect", "doctor", "replay", "decode", "demo", "models"})
+VERBS = frozenset({"generate", "plan", "inspect", "doctor", "replay", "decode", "demo", "models", "control"})
 
 CLI_FLAGS = frozenset(
     {
@@ -15,6 +15,10 @@ CLI_FLAGS = frozenset(
         "--from-file",
         "--json",
         "--fresh",
+        "--low",
+        "--high",
+        "--threshold",
+        "--weights",
         "--allow-changed",
         "--image",
         "--config",

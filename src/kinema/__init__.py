@@ -9,6 +9,7 @@ The fields of `Request` are the keyword arguments. Importing this loads no torch
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.errors import (
@@ -44,6 +45,7 @@ __all__ = [
     "Result",
     "Settings",
     "__version__",
+    "control",
     "generate",
     "generate_all",
     "plan",
@@ -72,6 +74,25 @@ def generate_all(*, settings: Settings | None = None, **fields: Any) -> list[Res
     """Run a request given by its fields and return one Result a seed. Arguments and errors as of `plan`."""
     with _engine(settings) as engine:
         return [event for event in engine.run(engine.plan(make_request(fields))) if isinstance(event, Result)]
+
+
+def control(kind: str, video: Path | str, **fields: Any) -> Path:
+    """Make a control video of a clip and return where it is: "canny", "scribble" or "depth".
+
+    fields  size, frames, fps, save, overwrite, quality, device as of a Request; low, high (canny), threshold
+            (scribble), weights (depth) as of kinema.control_video.ControlOptions.
+    Raises RequestError for what cannot be read or written, CatalogError without a depth model.
+    """
+    from kinema.control_video import ControlOptions, check_kind, make_control
+    from kinema.settings import default_settings
+
+    options = ControlOptions(**{name: fields.pop(name) for name in ControlOptions.model_fields if name in fields})
+    making = make_control(check_kind(kind), Path(video), make_request(fields), options, default_settings().models)
+    while True:
+        try:
+            next(making)
+        except StopIteration as end:
+            return Path(end.value)
 
 
 def _engine(settings: Settings | None) -> Engine:

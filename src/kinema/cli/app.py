@@ -8,20 +8,20 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import cyclopts
 from cyclopts import App, Group, Parameter
 
 from kinema.cli.flags import ALIASES, ELSEWHERE, Call, flag_names, parameters
 from kinema.cli.interrupt import EXIT_CODE, Interruption
-from kinema.cli.tell import make_teller
+from kinema.cli.tell import Teller, make_teller
 from kinema.errors import Cancelled, KinemaError, RequestError
 from kinema.request import make_request, merge, nearest
-from kinema.schema import Request
+from kinema.schema import Event, Request
 from kinema.settings import PLACES, configure
 from kinema.version import VERSION
 
@@ -148,10 +148,47 @@ def decode(call: Call, latents: Annotated[Path, Parameter(name="LATENTS", help="
     return 0
 
 
+def control(
+    call: Call,
+    kind: Annotated[str, Parameter(name="KIND", help="canny, scribble or depth")],
+    video: Annotated[Path, Parameter(name="VIDEO", help="a clip, an animated image or a folder of frames")],
+    /,
+    *,
+    low: Annotated[float | None, _switch("canny: gradient from which an edge goes on; 100")] = None,
+    high: Annotated[float | None, _switch("canny: gradient from which an edge begins; 200")] = None,
+    threshold: Annotated[float | None, _switch("scribble: gradient from which an outline begins; 60")] = None,
+    weights: Annotated[Path | None, _switch("depth: folder of a Depth Anything V2 model")] = None,
+) -> int:
+    """Make a control video of a clip: edges, scribbles or depth."""
+    from kinema.control_video import ControlOptions, check_kind, make_control
+
+    given = {"low": low, "high": high, "threshold": threshold, "weights": weights}
+    options = ControlOptions(**{name: value for name, value in given.items() if value is not None})
+    request = make_request(call.fields)
+    with make_teller(call.json) as teller:
+        making = make_control(check_kind(kind), video, request, options, call.configuration.settings.models)
+        with Interruption() as cancelled:
+            save = _told(making, teller, cancelled)
+        teller.show(str(save), {"event": "result", "paths": [str(save)]})
+    return 0
+
+
 def demo(call: Call) -> int:
     """Make a small video with the model that ships with Kinema."""
     fields = {"prompt": DEMO_PROMPT, "seed": DEMO_SEED, **call.fields, "model": "demo"}
     return _generate(make_request(fields), call)
+
+
+def _told(making: Generator[Event, None, Path], teller: Teller, cancelled: Callable[[], bool]) -> Path:
+    """Tell what a generator yields and return what it returns."""
+    while True:
+        try:
+            teller.event(next(making))
+        except StopIteration as end:
+            return cast(Path, end.value)
+        if cancelled():
+            making.close()
+            raise Cancelled("stopped as asked; no file was left half-written")
 
 
 def models(call: Call) -> int:
@@ -190,6 +227,7 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(doctor),
     "replay": Command(replay),
     "decode": Command(decode, ("output", "save", "overwrite", "quality", "strip")),
+    "control": Command(control, ("size", "frames", "fps", "device", "save", "overwrite", "quality")),
     "demo": Command(demo, ("prompt", "first", "last", "seed", "steps", "device", "output", "save", "overwrite")),
     "models": Command(models),
 }

@@ -22,6 +22,11 @@ def to_video_range(frame_HWC: Tensor) -> Tensor:
     return frame_HWC.permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
 
 
+def to_uint8(frame_CHW: Tensor) -> Tensor:
+    """Return frame_HWC uint8 of pixels in [-1, 1]; what lies outside, as bicubic resizing may, is clipped."""
+    return frame_CHW.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0)
+
+
 def resize(frame_CHW: Tensor, width: int, height: int, filter: Filter) -> Tensor:
     """Return the frame at width x height, float32; its aspect is not kept.
 
@@ -31,7 +36,7 @@ def resize(frame_CHW: Tensor, width: int, height: int, filter: Filter) -> Tensor
     """
     if filter == "bicubic":
         return F.interpolate(frame_CHW.cpu().float()[None], size=(height, width), mode="bicubic")[0]
-    pixels_HWC = frame_CHW.add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    pixels_HWC = to_uint8(frame_CHW).cpu().numpy()
     resized = Image.fromarray(pixels_HWC).resize((width, height), Image.Resampling.LANCZOS)
     return to_video_range(torch.from_numpy(np.array(resized)))
 

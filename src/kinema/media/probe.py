@@ -57,14 +57,20 @@ def _timing(path: Path) -> dict[str, object]:
         stream = video_stream(container)
         assert stream is not None, "the caller found it"
         tick = stream.time_base or Fraction(1, 1000)
-        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        whole = sum(not packet.is_corrupt for packet in packets)
+        if whole < stream.frames:
+            raise unreadable(path, f"it breaks off after {whole} of its {stream.frames} frames")
+        # A comment at the end of a GIF looks like one packet more; what an edit list hides is not shown.
+        packets = [packet for packet in packets[: stream.frames or None] if not packet.is_discard]
         stated, last = stream.average_rate, max(packets, key=lambda packet: packet.pts or 0)
         times = sorted(packet.pts * tick for packet in packets if packet.pts is not None)
     if not times or (len(times) == 1 and not stated):
         return {"frames": len(packets), "fps": float(stated) if stated else None}
     mean = (times[-1] - times[0]) / max(len(times) - 1, 1)
     usual = mean or 1 / (stated or Fraction(25))
-    seconds = times[-1] - times[0] + (last.duration * tick if last.duration else usual)
+    length = last.duration * tick if last.duration else usual
+    seconds = times[-1] - times[0] + length - min(length / 4, tick)
     steps = [after - before for before, after in pairwise(times)]
     varies = bool(steps) and max(steps) - min(steps) > max(2 * tick, mean / 10)
     # A constant rate is what the container states, not what its rounded times give.
@@ -76,15 +82,15 @@ def _webp_facts(path: Path) -> MediaFacts:
     with Image.open(path) as image:
         width, height, has_alpha = image.width, image.height, image.has_transparency_data
     durations = [picture.duration for picture in stored_frames(path)]
-    seconds = sum(durations, Fraction(0))
+    total = sum(durations, Fraction(0))
     return MediaFacts(
         path=path,
         kind="video",
         width=width,
         height=height,
         frames=len(durations),
-        fps=float(round(len(durations) / seconds, 2)) if seconds else None,
-        seconds=float(seconds) if seconds else None,
+        fps=float(round(len(durations) / total, 2)) if total else None,
+        seconds=float(total - min(durations[-1] / 4, Fraction(1, 1000))) if total else None,
         has_alpha=has_alpha,
         variable_rate=max(durations) - min(durations) > Fraction(2, 1000),
     )

@@ -187,14 +187,19 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream | Non
 
 
 def decoded(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Yield the frames of a stream, with their transparency where it has any."""
-    name = stream.codec_context.name
-    if stream.metadata.get("alpha_mode") != "1" or name not in ALPHA_DECODERS:
-        yield from container.decode(stream)
-        return
-    decoder = cast(av.VideoCodecContext, av.CodecContext.create(ALPHA_DECODERS[name], "r"))
+    """Yield the frames of a stream, with their transparency where it has any.
+
+    Raises EOFError where there are fewer than the container states.
+    """
+    decoder: av.VideoStream | av.VideoCodecContext = stream
+    if stream.metadata.get("alpha_mode") == "1" and stream.codec_context.name in ALPHA_DECODERS:
+        decoder = cast(av.VideoCodecContext, av.CodecContext.create(ALPHA_DECODERS[stream.codec_context.name], "r"))
+    packets = 0
     for packet in container.demux(stream):
+        packets += packet.size > 0 and not packet.is_corrupt
         yield from decoder.decode(packet if packet.size else None)
+    if packets < stream.frames:
+        raise EOFError(f"it breaks off after {packets} of its {stream.frames} frames")
 
 
 def display_size(stream: av.VideoStream, frame: av.VideoFrame) -> tuple[int, int]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+
+from kinema.schema import MediaFacts
 
 PATCH = 2
 """Latent cells a token spans, each way."""
@@ -24,6 +27,14 @@ def nearest_frames(frames: float) -> tuple[int, ...]:
     below = max(1, math.floor((frames - 1) / TEMPORAL_STRIDE) * TEMPORAL_STRIDE + 1)
     above = below if below >= frames else below + TEMPORAL_STRIDE
     return tuple(sorted({below, above}, key=lambda n: (abs(n - frames), n)))
+
+
+def frames_shown(media: MediaFacts, fps: float) -> int:
+    """Return how many frames of a video are on display at `fps`: what reading it at that rate gives."""
+    if media.seconds is None:
+        return media.frames
+    seconds, rate = Fraction(media.seconds).limit_denominator(10**6), Fraction(fps).limit_denominator(100_000)
+    return max(1, math.ceil(seconds * rate))
 
 
 def nearest_multiples(length: int, multiple: int) -> tuple[int, ...]:
