@@ -17,7 +17,7 @@ from kinema.schema import Component
 from kinema.weights.structure import MODELS, constructor_arguments
 
 MANIFESTS = Path(__file__).parent / "formats" / "manifests"
-BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "F8_E4M3": 1}
+BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "F8_E4M3": 1, "I8": 1}
 
 TINY: dict[Component, dict[str, Any]] = {
     "dit": {

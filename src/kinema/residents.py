@@ -56,8 +56,7 @@ class Residents:
         self._release()
 
     def _make_room(self, ref: ModelRef) -> None:
-        need = ref.parameters * (4 if ref.dtype == "float32" else 2)
-        while self._modules and need > HEADROOM * free_memory(ref.device):
+        while self._modules and ref.weight_bytes > HEADROOM * free_memory(ref.device):
             self._modules.popitem(last=False)
             self._release()
 

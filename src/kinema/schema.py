@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 Expert = Literal["model", "high", "low"]
 Solver = Literal["unipc", "dpmpp", "euler"]
 Precision = Literal["fast", "reference"]
+Quantise = Literal["fp8", "fp8-64", "int8"]
 Component = Literal[
     "dit",
     "vae",
@@ -119,6 +120,16 @@ class Request(Frozen):
     solver: Solver | None = _field("sampling", "unipc, dpmpp or euler.")
 
     precision: Precision | None = _field("machine", "fast (default) or reference: float32 throughout.")
+    quantise: Quantise | None = _field(
+        "machine",
+        "Round the DiT's large matrices when they are loaded: fp8 (a scale for each output), fp8-64 (one for each 64 "
+        "weights) or int8. Default: hold them as the file does.",
+    )
+    quantise_text_encoder: Quantise | None = _field("machine", "The same for the text encoder.")
+    fp8_matmul: bool | None = _field(
+        "machine",
+        "Multiply fp8 matrices as they are, activations rounded to fp8. Default: where the GPU can, in fast precision.",
+    )
     device: str | None = _field("machine", "cpu, cuda, cuda:1 or mps. Default: the best present.")
     tile: int | None = _field("machine", "VAE tile edge in pixels, a multiple of 16, where memory is short.", ge=64)
     chunk: int | None = _field("machine", "Latent frames the VAE takes at once.", ge=1)
@@ -171,7 +182,12 @@ class Settings(Frozen):
 
 
 class FileFacts(Frozen):
-    """What one checkpoint says of itself, from its header alone."""
+    """What one checkpoint says of itself, from its header alone.
+
+    quantisation       how its packed weights are stored, in words; "" for a plain file.
+    packed_parameters  parameters that stay packed when it is loaded, of packed_bytes.
+    matrix_parameters  parameters that may be packed when it is loaded: those of its large linear layers.
+    """
 
     path: Path
     files: tuple[Path, ...]
@@ -183,6 +199,10 @@ class FileFacts(Frozen):
     tensors: int
     parameters: int
     config: dict[str, Any]
+    quantisation: str = ""
+    packed_parameters: int = 0
+    packed_bytes: int = 0
+    matrix_parameters: int = 0
     structure: str = ""
     ignored: tuple[str, ...] = ()
     has_tokenizer: bool = False
@@ -214,7 +234,11 @@ class MediaFacts(Frozen):
 
 
 class Machine(Frozen):
-    """What this machine has. Memory in bytes; `calibration` maps a `calibration_key` to measured work per second."""
+    """What this machine has. Memory in bytes.
+
+    bfloat16, fp8_matmul  whether it multiplies such numbers in hardware.
+    calibration           `calibration_key` -> measured work per second.
+    """
 
     device: str = "cpu"
     name: str = ""
@@ -224,6 +248,7 @@ class Machine(Frozen):
     ram_free: int = 0
     cores: int = 1
     bfloat16: bool = True
+    fp8_matmul: bool = False
     calibration: dict[str, float] = {}
 
 
@@ -312,7 +337,12 @@ class CatalogEntry(Frozen):
 
 
 class ModelRef(Frozen):
-    """Recipe of one loaded model: files, structure and how to hold it. Hashable by its JSON."""
+    """Recipe of one loaded model: files, structure and how to hold it. Hashable by its JSON.
+
+    quantisation  how its large matrices are held: in words as the file has them, or a Quantise they are rounded to
+                  when loaded; "" holds them plain, in `dtype`.
+    fp8_matmul    multiply fp8 matrices as they are, activations rounded to fp8 row by row.
+    """
 
     component: Component
     files: tuple[Path, ...]
@@ -323,8 +353,18 @@ class ModelRef(Frozen):
     device: str = "cpu"
     bytes: int = 0
     parameters: int = 0
+    quantisation: str = ""
+    packed_parameters: int = 0
+    packed_bytes: int = 0
+    fp8_matmul: bool = False
     attention: str = "sdpa"
     tokenizer: Path | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the loaded weights."""
+        plain = self.parameters - self.packed_parameters
+        return self.packed_bytes + plain * (4 if self.dtype == "float32" else 2)
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())

@@ -273,6 +273,9 @@ def test_every_other_field_is_content(name: str):
         "precision": "reference",
         "output": "gif",
         "strip": True,
+        "quantise": "fp8",
+        "quantise_text_encoder": "int8",
+        "fp8_matmul": True,
         "boundary": 0.5,
     }
     changed = Request(

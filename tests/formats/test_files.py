@@ -267,7 +267,7 @@ def test_a_header_longer_than_allowed(tmp_path: Path) -> None:
 
 
 KINDS = {
-    b"GGUF\x03\0\0\0{\0\0\0\0\0\0\0": "GGUF",
+    b"GGUF\x09\0\0\0{\0\0\0\0\0\0\0": "GGUF version 9",
     b"version https://git-lfs.github.com/spec/v1\n": "Git LFS pointer",
     b"<!DOCTYPE html><html>": "web page",
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "old torch format",

@@ -338,13 +338,35 @@ def test_other_files_are_named(tmp_path: Path, name: str) -> None:
 
 
 QUANTISED: dict[str, tuple[dict[str, tuple[int, ...]], str, dict[str, str] | None, str]] = {
-    "scaled fp8": ({"scaled_fp8": (2,)}, "BF16", None, "ComfyUI's scaled fp8"),
-    "scale_weight": ({"blocks.0.self_attn.q.scale_weight": (1,)}, "BF16", None, "ComfyUI's scaled fp8"),
-    "prefixed": ({"model.diffusion_model.scaled_fp8": (2,)}, "BF16", None, "ComfyUI's scaled fp8"),
-    "comfy_quant": ({"blocks.0.ffn.0.comfy_quant": (9,)}, "BF16", None, "second fp8"),
-    "metadata": ({}, "BF16", {"_quantization_metadata": "{}"}, "second fp8"),
-    "weight_scale": ({"blocks.0.ffn.0.weight_scale": (1,)}, "BF16", None, "scale for each weight"),
-    "plain fp8": ({}, "F8_E4M3", None, "plain fp8"),
+    "marker alone": ({"scaled_fp8": (2,)}, "BF16", None, "without any fp8 weight"),
+    "marker with a prefix": ({"model.diffusion_model.scaled_fp8": (2,)}, "BF16", None, "without any fp8 weight"),
+    "scale of a bf16 weight": ({"blocks.0.self_attn.q.scale_weight": (1,)}, "BF16", None, "missing or is no fp8"),
+    "scale of no weight": ({"blocks.0.ffn.0.weight_scale": (1,)}, "BF16", None, "missing or is neither fp8 nor int8"),
+    "scale of another shape": ({"blocks.0.ffn.0.weight_scale": (7,)}, "F8_E4M3", None, "a scale of shape"),
+    "scale that is fp8": ({"blocks.0.ffn.0.weight_scale": (1,)}, "F8_E4M3", None, "a scale of shape"),
+    "two scales": (
+        {"blocks.0.ffn.0.weight_scale": (1,), "blocks.0.ffn.0.scale_weight": (1,)},
+        "F8_E4M3",
+        None,
+        "two scales for one weight",
+    ),
+    "comfy_quant of another kind": ({"blocks.0.ffn.0.comfy_quant": (9,)}, "BF16", None, "second fp8"),
+    "metadata": ({}, "BF16", {"_quantization_metadata": "{}"}, "second format"),
+    "metadata of no weight": (
+        {},
+        "BF16",
+        {"_quantization_metadata": '{"layers": {"blocks.0.ffn.0": {"format": "float8_e4m3fn"}}}'},
+        "a description without its weight",
+    ),
+    "metadata of nvfp4": ({}, "BF16", {"_quantization_metadata": '{"layers": {"a": {"format": "nvfp4"}}}'}, "nvfp4"),
+    "metadata of another dtype": (
+        {},
+        "F8_E4M3",
+        {"_quantization_metadata": '{"layers": {"blocks.0.ffn.0": {"format": "float8_e5m2"}}}'},
+        "fp8_e5m2 by its description and fp8_e4m3 by its dtype",
+    ),
+    "second scale": ({"blocks.0.ffn.0.weight_scale_2": (1,)}, "F8_E4M3", None, "nvfp4"),
+    "int8 without scale": ({}, "I8", None, "int8 without a scale"),
     "bitsandbytes": ({"blocks.0.ffn.0.weight.absmax": (1,)}, "BF16", None, "bitsandbytes"),
     "svdquant": ({"transformer_blocks.0.qweight": (1,)}, "BF16", None, "SVDQuant"),
     "quanto": ({"blocks.0.ffn.0.weight._data": (1,)}, "BF16", None, "quanto"),
@@ -355,7 +377,7 @@ QUANTISED: dict[str, tuple[dict[str, tuple[int, ...]], str, dict[str, str] | Non
 def test_quantised_files_are_refused_by_format(tmp_path: Path, name: str) -> None:
     extra, dtype, metadata, wanted = QUANTISED[name]
     shapes = manifest("wan2.1_t2v_1.3B") | extra
-    with pytest.raises(CheckpointError, match=f"is quantised: .*{wanted}.*not read as plain weights"):
+    with pytest.raises(CheckpointError, match=f"is quantised.*{wanted}"):
         inspect(write_sparse(tmp_path / "a.safetensors", shapes, dtype, metadata))
 
 

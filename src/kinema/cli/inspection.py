@@ -98,6 +98,7 @@ def _weights_text(facts: FileFacts, fits: list[str]) -> str:
         "dialect": f"{facts.dialect}, {facts.container}"
         + (f", {len(facts.files)} files" if len(facts.files) > 1 else ""),
         "dtype": facts.dtype,
+        "quantised": f"{facts.quantisation}; {gigabytes(facts.packed_bytes)} stay packed" if facts.quantisation else "",
         "size": f"{facts.parameters:,} parameters in {facts.tensors} tensors, {gigabytes(facts.bytes)}",
         "likely role": f"{facts.name_suggests}-noise expert, by its name only" if facts.name_suggests else "",
         "tokenizer": "inside" if facts.has_tokenizer else "",

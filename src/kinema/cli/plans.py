@@ -72,8 +72,14 @@ def _files(plan: Plan) -> Table:
     refs |= {"clip vision": plan.clip_vision} if plan.clip_vision else {}
     for name, ref in refs.items():
         files = str(ref.files[0]) + (f" and {len(ref.files) - 1} more" if len(ref.files) > 1 else "")
-        table.add_row(name, _plain(files), ref.dialect, ref.dtype, gigabytes(ref.bytes))
+        table.add_row(name, _plain(files), ref.dialect, _held(ref), gigabytes(ref.bytes))
     return table
+
+
+def _held(ref: ModelRef) -> str:
+    """How the weights are held and computed in."""
+    how = f"{ref.dtype}, multiplied in fp8" if ref.fp8_matmul else ref.dtype
+    return f"{ref.quantisation} in {how}" if ref.quantisation else how
 
 
 def _steps(plan: Plan) -> Table:

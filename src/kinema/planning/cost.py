@@ -227,7 +227,7 @@ def _models(plan: Plan) -> dict[str, list[ModelRef]]:
 
 
 def _weights(ref: ModelRef) -> int:
-    return ref.parameters * BYTES[ref.dtype]
+    return ref.weight_bytes
 
 
 def _branches(plan: Plan) -> int:

@@ -16,6 +16,7 @@ from kinema.planning.checks import check_components, check_media
 from kinema.planning.cost import estimate
 from kinema.planning.geometry import LATENT_CHANNELS, PATCH, SPATIAL_STRIDE, latent_frames
 from kinema.planning.outputs import plan_output
+from kinema.planning.quantisation import multiplied, quantised
 from kinema.planning.shape import plan_images, plan_length, plan_size, plan_tile
 from kinema.sampling.schedule import expert_of, schedule
 from kinema.schema import (
@@ -67,9 +68,9 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         title=entry.title,
         licence=entry.licence,
         task=task,
-        experts=_experts(entry, facts, precision),
+        experts=_experts(request, entry, facts, precision, notes),
         vae=_ref(facts.files["vae"], facts.machine, "float32"),
-        text_encoder=_ref(facts.files["text_encoder"], facts.machine, _dtype(precision, facts.machine), facts),
+        text_encoder=_text_encoder(request, facts, precision, notes),
         clip_vision=_clip(entry, facts, precision),
         prompt=prompt,
         negative=negative,
@@ -213,13 +214,23 @@ def _dtype(precision: Precision, machine: Machine) -> Any:
     return "bfloat16" if precision == "fast" and machine.bfloat16 else "float32"
 
 
-def _experts(entry: CatalogEntry, facts: Facts, precision: Precision) -> dict[Expert, ModelRef]:
+def _experts(
+    request: Request, entry: CatalogEntry, facts: Facts, precision: Precision, notes: list[Note]
+) -> dict[Expert, ModelRef]:
     dtype = _dtype(precision, facts.machine)
     roles: Mapping[Expert, str] = {"high": "dit_high", "low": "dit", "model": "dit"}
-    return {
-        expert: _ref(facts.files[roles[expert]], facts.machine, dtype, config={"text_len": entry.text_len})
-        for expert in entry.experts
-    }
+    refs = {}
+    for expert in entry.experts:
+        file = facts.files[roles[expert]]
+        ref = _ref(file, facts.machine, dtype, config={"text_len": entry.text_len})
+        refs[expert] = quantised(ref, file, request.quantise, "quantise", notes)
+    return multiplied(refs, request, facts.machine, notes)
+
+
+def _text_encoder(request: Request, facts: Facts, precision: Precision, notes: list[Note]) -> ModelRef:
+    file = facts.files["text_encoder"]
+    ref = _ref(file, facts.machine, _dtype(precision, facts.machine), facts)
+    return quantised(ref, file, request.quantise_text_encoder, "quantise_text_encoder", notes)
 
 
 def _clip(entry: CatalogEntry, facts: Facts, precision: Precision) -> ModelRef | None:
@@ -246,6 +257,9 @@ def _ref(
         device=machine.device,
         bytes=file.bytes,
         parameters=file.parameters,
+        quantisation=file.quantisation,
+        packed_parameters=file.packed_parameters,
+        packed_bytes=file.packed_bytes,
         tokenizer=facts.tokenizer if facts else None,
     )
 

@@ -56,6 +56,7 @@ def probe_machine(device: str | None = None, calibration: Path | None = None) ->
         ram_free=ram_free,
         cores=num_cores(),
         bfloat16=bfloat16,
+        fp8_matmul=_multiplies_fp8(chosen),
         calibration=read_calibration(calibration, str(chosen)) if calibration else {},
     )
 
@@ -128,6 +129,19 @@ def _name_and_bfloat16(device: torch.device) -> tuple[str, bool]:
         if found := re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.M):
             flags = set(found[1].split())
     return name, bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
+
+
+def _multiplies_fp8(device: torch.device) -> bool:
+    """Whether a GPU multiplies fp8 with a scale a row, found by doing it: cards and versions of torch differ."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        return False
+    ones = torch.ones(32, 32, device=device).to(torch.float8_e4m3fn)
+    scale = torch.full((32, 1), 0.5, device=device)
+    try:
+        product = torch._scaled_mm(ones, ones.t(), scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+        return bool((product == 8).all())
+    except RuntimeError:
+        return False
 
 
 def _container_memory() -> tuple[float, float]:

@@ -12,10 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from torch import nn
+
 from kinema.schema import Component, FileFacts
-from kinema.weights.files import TensorFile, open_tensors
+from kinema.weights.files import TensorFile
 from kinema.weights.folders import find_tokenizer, resolve_folder
 from kinema.weights.keys import Translation, translate
+from kinema.weights.quantised.layers import packable
+from kinema.weights.quantised.schemes import describe, open_weights
+from kinema.weights.quantised.stored import StoredPacked
 from kinema.weights.structure import MODELS, Shapes, build_for
 
 __all__ = ["find_tokenizer", "inspect", "resolve_folder"]
@@ -26,14 +31,16 @@ def inspect(path: Path | str | Sequence[Path], component: Component | None = Non
 
     Reads headers only.
 
-    Raises CheckpointError for a file that is damaged, quantised, another model, or not exactly a model that is known.
+    Raises CheckpointError for a file that is damaged, quantised in an unknown way, another model, or not exactly a
+    model that is known.
     """
-    file = open_tensors(path)
+    file = open_weights(path)
     translation = translate(file, component)
     shapes = Shapes(file, translation)
     model = MODELS[translation.dialect.component]
     config = model.config(shapes)
-    build_for(shapes, config)
+    module = build_for(shapes, config)
+    packed, matrices = _packed(file, translation, module)
     return FileFacts(
         path=file.path,
         files=file.files,
@@ -45,6 +52,10 @@ def inspect(path: Path | str | Sequence[Path], component: Component | None = Non
         tensors=len(shapes.table),
         parameters=sum(math.prod(shape) for shape in shapes.table.values()),
         config=config,
+        quantisation=describe(file, translation.names),
+        packed_parameters=sum(math.prod(tensor.shape) for tensor in packed),
+        packed_bytes=sum(tensor.bytes for tensor in packed),
+        matrix_parameters=matrices,
         structure=model.describe(config),
         ignored=tuple(_counted(pattern, names) for pattern, names in translation.ignored.items()),
         has_tokenizer="spiece_model" in file,
@@ -69,8 +80,20 @@ def _main_dtype(file: TensorFile, translation: Translation) -> str:
     weight: Counter[str] = Counter()
     for source in translation.sources.values():
         for name in source.names:
-            weight[str(file.dtype(name)).removeprefix("torch.")] += math.prod(file.shape(name))
+            weight[file.kind(name)] += math.prod(file.shape(name))
     return weight.most_common(1)[0][0]
+
+
+def _packed(file: TensorFile, translation: Translation, module: nn.Module) -> tuple[list[StoredPacked], int]:
+    """What of a file stays packed when it is loaded, and how many parameters its linear layers that could have."""
+    stored, found, matrices = file.stored(), [], 0
+    for name, leaf in packable(translation.dialect.component, module):
+        if translation.stays_packed(file, name):
+            tensor = stored[translation.sources[name].names[0]]
+            assert isinstance(tensor, StoredPacked)
+            found.append(tensor)
+        matrices += leaf.weight.numel() if isinstance(leaf, nn.Linear) else 0
+    return found, matrices
 
 
 def _counted(pattern: str, names: Sequence[str]) -> str:

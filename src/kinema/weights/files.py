@@ -1,4 +1,4 @@
-"""Checkpoint files as lazy, memory-mapped tensors: safetensors (one file or shards) and .pth.
+"""Checkpoint files as lazy, memory-mapped tensors: safetensors (one file or shards), .pth and GGUF.
 
 Owns containers only: bytes to named tensors. Knows nothing of models, key names or dialects.
 Headers are untrusted: every offset, size and dtype is checked before anything is mapped.
@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 
 from kinema.errors import CheckpointError
-from kinema.weights.mapped import MappedFile, StoredTensor, truncated
+from kinema.weights.gguf import MAGIC as GGUF_MAGIC
+from kinema.weights.gguf import read_gguf
+from kinema.weights.mapped import MappedFile, StoredTensor, contiguous, truncated
 from kinema.weights.pickles import read_pth
+from kinema.weights.quantised.packed import Packed
+from kinema.weights.quantised.stored import StoredPacked
 
-Container = Literal["safetensors", "pth"]
+Container = Literal["safetensors", "pth", "gguf"]
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -59,7 +63,7 @@ class TensorFile:
         path: Path,
         files: tuple[Path, ...],
         container: Container,
-        tensors: Mapping[str, StoredTensor],
+        tensors: Mapping[str, StoredTensor | StoredPacked],
         metadata: Mapping[str, str],
     ) -> None:
         self.path = path
@@ -88,11 +92,31 @@ class TensorFile:
     def dtype(self, name: str) -> torch.dtype:
         return self._stored(name).dtype
 
+    def kind(self, name: str) -> str:
+        """Return how a tensor is stored, in a word: a dtype of torch, or the kind of a packed weight."""
+        stored = self._stored(name)
+        return stored.kind if isinstance(stored, StoredPacked) else str(stored.dtype).removeprefix("torch.")
+
     def get(self, name: str) -> Tensor:
-        """Return one tensor, memory-mapped: its bytes are read when used, and writing to it never reaches the file."""
+        """Return one tensor, memory-mapped: its bytes are read when used, and writing to it never reaches the file.
+
+        A packed weight is unpacked to float32.
+        """
         return self._stored(name).open()
 
-    def _stored(self, name: str) -> StoredTensor:
+    def is_packed(self, name: str) -> bool:
+        return isinstance(self._stored(name), StoredPacked)
+
+    def packed(self, name: str) -> Packed | None:
+        """Return a packed weight as it is, memory-mapped; None for a plain tensor."""
+        stored = self._stored(name)
+        return stored.packed() if isinstance(stored, StoredPacked) else None
+
+    def stored(self) -> dict[str, StoredTensor | StoredPacked]:
+        """Return where every tensor lies."""
+        return dict(self._tensors)
+
+    def _stored(self, name: str) -> StoredTensor | StoredPacked:
         if name not in self._tensors:
             raise CheckpointError(f"{self.path} has no tensor {name!r}", path=self.path, key=name)
         return self._tensors[name]
@@ -176,7 +200,7 @@ def _join(path: Path, files: tuple[Path, ...]) -> TensorFile:
             path=path,
             missing=[file.name for file in absent],
         )
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor | StoredPacked] = {}
     metadata: dict[str, str] = {}
     for file in files:
         part = _open_one(file)
@@ -190,7 +214,6 @@ def _join(path: Path, files: tuple[Path, ...]) -> TensorFile:
 # --- one file ------------------------------------------------------------------------------------
 
 OTHER_KINDS = (
-    (b"GGUF", "is a GGUF file, whose quantised tensors are not read yet", "Take an fp16 or bf16 safetensors file."),
     (
         b"version https://git-lfs",
         "is a Git LFS pointer, not the file itself",
@@ -216,6 +239,8 @@ def _open_one(path: Path) -> TensorFile:
         return TensorFile(path, (path,), "safetensors", *_read_safetensors(file))
     if magic.startswith(b"PK"):
         return TensorFile(path, (path,), "pth", *read_pth(file))
+    if magic.startswith(GGUF_MAGIC):
+        return TensorFile(path, (path,), "gguf", *read_gguf(file))
     for start, what, hint in OTHER_KINDS:
         if magic.startswith(start):
             raise CheckpointError(f"{path} {what}", hint.replace("FILE", path.name), path=path)
@@ -223,7 +248,7 @@ def _open_one(path: Path) -> TensorFile:
         raise truncated(file, max(1, 8 - file.size), exact=False)
     raise CheckpointError(
         f"{path} is no checkpoint: its first bytes are those of no known format",
-        "Name a .safetensors or .pth file of a Wan model.",
+        "Name a .safetensors, .gguf or .pth file of a Wan model.",
         path=path,
     )
 
@@ -301,8 +326,3 @@ def _counts(value: Any) -> bool:
 
 def _corrupt(file: MappedFile, problem: str, key: str | None = None) -> CheckpointError:
     return CheckpointError(f"{file.path} is corrupt: {problem}", "Download it again.", path=file.path, key=key)
-
-
-def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    """Row-major strides, in elements."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from kinema.errors import CatalogError, CheckpointError
-from kinema.weights.files import checkpoints_in, open_tensors
+from kinema.weights.files import checkpoints_in
 from kinema.weights.keys import component_of
+from kinema.weights.quantised.schemes import open_weights
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 """Diffusers pipelines whose transformer is the high-noise expert and transformer_2 the low-noise one."""
@@ -112,7 +113,7 @@ def _by_component(paths: Sequence[Path], needed: AbstractSet[str]) -> dict[str, 
     broken: list[CheckpointError] = []
     for path in paths:
         try:
-            component = component_of(open_tensors(path))
+            component = component_of(open_weights(path))
         except CheckpointError as error:
             broken.append(error)
             continue

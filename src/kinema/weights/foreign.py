@@ -1,6 +1,6 @@
-"""Files that are not plain Wan weights: quantised ones, other models, adapters. Owns what to say of them.
+"""Files that are not Wan weights: other models, adapters. Owns what to say of them.
 
-Source: header conventions of ComfyUI, bitsandbytes, quanto, GPTQ and of the named model families.
+Source: header conventions of the named model families.
 """
 
 from __future__ import annotations
@@ -8,25 +8,8 @@ from __future__ import annotations
 import re
 from typing import NoReturn
 
-import torch
-
 from kinema.errors import CheckpointError
 from kinema.weights.files import TensorFile
-
-QUANTISED_NAMES = (
-    (r".*\.?comfy_quant", "ComfyUI's second fp8/int8 format"),
-    (r".*\.?scaled_fp8", "ComfyUI's scaled fp8"),
-    (r".*\.scale_(weight|input)", "ComfyUI's scaled fp8"),
-    (r".*\.weight_scale(_2)?", "fp8 or int8 with a scale for each weight"),
-    (r".*\.(quant_state|absmax|quant_map|nested_absmax).*", "bitsandbytes"),
-    (r".*\.(qweight|qzeros|wscales|g_idx)", "int4 (GPTQ, AWQ or SVDQuant)"),
-    (r".*\.weight\._(data|scale)", "quanto"),
-)
-QUANTISED_DTYPES = {
-    torch.float8_e4m3fn: "plain fp8 (e4m3fn)",
-    torch.float8_e5m2: "plain fp8 (e5m2)",
-    torch.int8: "int8",
-}
 
 FOREIGN = (
     (r".*\.(lora_A|lora_B|lora_down|lora_up|lora_a|lora_b)(\..+)?|lora_(unet|te).*|.*\.diff(_b|_m)?", "a LoRA"),
@@ -45,27 +28,6 @@ FOREIGN = (
     (r"transformer_blocks\.0\..+", "a transformer of another family (LTX, Qwen-Image, CogVideoX)"),
     (r"latents", "latents saved by Kinema; `kinema decode` makes the video"),
 )
-
-
-def refuse_quantised(file: TensorFile) -> None:
-    """Raise CheckpointError, naming the format, for a file whose numbers are not plain weights."""
-    found: tuple[str, str] | None = None
-    if "_quantization_metadata" in file.metadata:
-        found = ("_quantization_metadata", "ComfyUI's second fp8/int8 format")
-    for name in file:
-        if found:
-            break
-        found = next(((name, kind) for pattern, kind in QUANTISED_NAMES if re.fullmatch(pattern, name)), None)
-        if found is None and (kind := QUANTISED_DTYPES.get(file.dtype(name))):
-            found = (name, kind)
-    if found:
-        raise CheckpointError(
-            f"{file.path} is quantised: {found[1]} (its {found[0]!r} shows it), and is not read as plain weights",
-            "Take the fp16 or bf16 file of the same model.",
-            path=file.path,
-            key=found[0],
-            found=found[1],
-        )
 
 
 def refuse_foreign(file: TensorFile) -> NoReturn:

@@ -17,16 +17,18 @@ from torch import Tensor
 from kinema.schema import Component
 from kinema.weights.dialect import WB, Dialect, Rule
 from kinema.weights.files import TensorFile
-from kinema.weights.foreign import refuse_foreign, refuse_quantised
+from kinema.weights.foreign import refuse_foreign
 from kinema.weights.keys_encoders import (
     CLIP_TRANSFORMERS,
     CLIP_UNUSED,
+    TEXT_GGUF,
     TEXT_TRANSFORMERS,
     WAV2VEC2_MARKS,
     WAV2VEC2_POSITIONS,
     WAV2VEC2_UNUSED,
 )
 from kinema.weights.keys_flux import FLUX_DIALECTS
+from kinema.weights.quantised.packed import Packed
 
 
 @dataclass
@@ -57,6 +59,11 @@ class Translation:
     ignored: dict[str, tuple[str, ...]]
     leftover: tuple[str, ...]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in the file of everything that is used."""
+        return tuple(name for source in self.sources.values() for name in source.names)
+
     def shape(self, file: TensorFile, official: str) -> tuple[int, ...]:
         """Shape the official tensor will have. Parts that do not fit together give the first part's other axes."""
         source = self.sources[official]
@@ -72,6 +79,16 @@ class Translation:
         if source.swap:
             tensor = torch.cat(tuple(reversed(tensor.chunk(2))))
         return tensor.reshape((1,) * source.lead + tensor.shape + (1,) * source.tail)
+
+    def stays_packed(self, file: TensorFile, official: str) -> bool:
+        """Whether the official tensor is one packed matrix of the file, not to be joined or reshaped."""
+        source = self.sources.get(official, Source())
+        single = len(source.parts) == 1 and not (source.lead or source.tail or source.swap)
+        return single and file.is_packed(source.names[0]) and len(file.shape(source.names[0])) == 2
+
+    def packed(self, file: TensorFile, official: str) -> Packed | None:
+        """Return the official tensor in its packed form, mapped; None where it does not stay packed."""
+        return file.packed(self.sources[official].names[0]) if self.stays_packed(file, official) else None
 
 
 # --- DiT -------------------------------------------------------------------------------------------
@@ -256,6 +273,13 @@ DIALECTS = (
         ignore=("spiece_model",),
     ),
     Dialect(
+        "text_encoder",
+        "gguf",
+        # As above: T5 has this bias in block 0 alone.
+        ("token_embd.weight", "enc.blk.0.attn_q.weight", "enc.blk.1.attn_rel_b.weight"),
+        TEXT_GGUF,
+    ),
+    Dialect(
         "clip_vision",
         "official",
         ("cls_embedding", "transformer.0.attn.to_qkv.weight"),
@@ -285,9 +309,8 @@ DIALECTS = (
 def translate(file: TensorFile, component: Component | None = None) -> Translation:
     """Return what the names of a file mean: of an all-in-one file, as `component`.
 
-    Raises CheckpointError for quantised files and for other models.
+    Raises CheckpointError for other models.
     """
-    refuse_quantised(file)
     dialect = _recognise(file, component) or _recognise(file)
     if dialect is None:
         refuse_foreign(file)

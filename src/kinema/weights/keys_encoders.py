@@ -1,7 +1,7 @@
-"""From transformers' names of text and image encoders to those of our modules.
+"""From transformers' names of text and image encoders, and llama.cpp's of T5, to those of our modules.
 
 Source: huggingface/transformers UMT5EncoderModel, T5EncoderModel, CLIPVisionModel, CLIPTextModel, SiglipVisionModel,
-Wav2Vec2Model.
+Wav2Vec2Model; ggml-org/llama.cpp gguf-py tensor names of T5 encoders.
 """
 
 from __future__ import annotations
@@ -21,6 +21,20 @@ TEXT_TRANSFORMERS = (
     Rule(rf"{T5_BLOCK}\.layer\.1\.DenseReluDense\.wi_1\.weight", r"blocks.\1.ffn.fc1.weight"),
     Rule(rf"{T5_BLOCK}\.layer\.1\.DenseReluDense\.wo\.weight", r"blocks.\1.ffn.fc2.weight"),
     Rule(r"encoder\.final_layer_norm\.weight", "norm.weight"),
+)
+
+T5_GGUF = r"enc\.blk\.(\d+)"
+
+TEXT_GGUF = (
+    Rule(r"token_embd\.weight", "token_embedding.weight"),
+    Rule(rf"{T5_GGUF}\.attn_(q|k|v|o)\.weight", r"blocks.\1.attn.\2.weight"),
+    Rule(rf"{T5_GGUF}\.attn_rel_b\.weight", r"blocks.\1.pos_embedding.embedding.weight"),
+    Rule(rf"{T5_GGUF}\.attn_norm\.weight", r"blocks.\1.norm1.weight"),
+    Rule(rf"{T5_GGUF}\.ffn_norm\.weight", r"blocks.\1.norm2.weight"),
+    Rule(rf"{T5_GGUF}\.ffn_gate\.weight", r"blocks.\1.ffn.gate.0.weight"),
+    Rule(rf"{T5_GGUF}\.ffn_up\.weight", r"blocks.\1.ffn.fc1.weight"),
+    Rule(rf"{T5_GGUF}\.ffn_down\.weight", r"blocks.\1.ffn.fc2.weight"),
+    Rule(r"enc\.output_norm\.weight", "norm.weight"),
 )
 
 CLIP_LAYER = r"vision_model\.encoder\.layers\.(\d+)"

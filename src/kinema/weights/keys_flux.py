@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from kinema.weights.dialect import WB, Dialect, Rule
-from kinema.weights.keys_encoders import CLIP_TEXT, CLIP_TEXT_UNUSED, SIGLIP, TEXT_TRANSFORMERS
+from kinema.weights.keys_encoders import CLIP_TEXT, CLIP_TEXT_UNUSED, SIGLIP, TEXT_GGUF, TEXT_TRANSFORMERS
 
 
 def _flux_stream(theirs: str, ours: str, ff: str, attention: tuple[str, str, str], out: str) -> tuple[Rule, ...]:
@@ -144,6 +144,7 @@ FLUX_DIALECTS = (
         FLUX_VAE_DIFFUSERS,
     ),
     Dialect("t5", "transformers", T5_MARKS, TEXT_TRANSFORMERS, ignore=("spiece_model",)),
+    Dialect("t5", "gguf", ("token_embd.weight", "enc.blk.0.attn_q.weight"), TEXT_GGUF),
     Dialect(
         "t5",
         "comfyui",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from kinema.models.wan import constant
 from kinema.schema import Component, ModelRef
 from kinema.weights.files import TensorFile, open_tensors
 from kinema.weights.keys import Translation, translate
+from kinema.weights.quantised.layers import packable, swap
+from kinema.weights.quantised.packed import ON_LOAD, Packed, quantise
+from kinema.weights.quantised.schemes import describe, open_weights
 from kinema.weights.structure import WHAT, Shapes, build, check
 
 FLOAT32_KEYS: dict[Component, Callable[[str], bool]] = {
@@ -32,7 +35,7 @@ def load(ref: ModelRef) -> nn.Module:
     and then only page cache. Others are converted one by one, so that there is never a second copy of the model.
     Raises CheckpointError for missing, left-over or misshapen tensors.
     """
-    file = open_tensors(ref.files)
+    file = open_weights(ref.files)
     translation = translate(file, ref.component)
     if translation.dialect.component != ref.component:
         found, wanted = WHAT[translation.dialect.component], WHAT[ref.component]
@@ -40,15 +43,50 @@ def load(ref: ModelRef) -> nn.Module:
     shapes = Shapes(file, translation)
     module = build(ref.component, ref.config)
     check(shapes, module)
+    names = list(module.state_dict())
     dtype, keeps = getattr(torch, ref.dtype), FLOAT32_KEYS.get(ref.component, lambda _: False)
+    for name, packed in _packed_weights(ref, file, translation, module):
+        swap(module, name, packed.to(ref.device), dtype, fp8_matmul=ref.fp8_matmul)
+        names.remove(name)
     state = {
-        name: _placed(_value(file, translation, name), torch.float32 if keeps(name) else dtype, ref.device)
-        for name in module.state_dict()
+        name: _placed(file, translation, name, torch.float32 if keeps(name) else dtype, ref.device) for name in names
     }
     module.load_state_dict(state, strict=True, assign=True)
     unfilled = [name for name, tensor in chain(module.named_parameters(), module.named_buffers()) if tensor.is_meta]
     assert not unfilled, f"{type(module).__name__} made {unfilled[:3]} outside its state dict on the meta device"
     return module.requires_grad_(False).eval()
+
+
+def _packed_weights(
+    ref: ModelRef, file: TensorFile, translation: Translation, module: nn.Module
+) -> Iterator[tuple[str, Packed]]:
+    """Yield the weights that are held packed: as the file has them, or rounded now where the recipe says so."""
+    stored = describe(file, translation.names)
+    if ref.quantisation not in (stored, *(ON_LOAD if not stored else ())):
+        raise CheckpointError(
+            f"{file.path} holds {stored or 'plain weights'}, not {ref.quantisation or 'plain weights'} as planned",
+            "The file has changed since; plan again.",
+            path=file.path,
+            expected=ref.quantisation,
+            found=stored,
+        )
+    for name, leaf in list(packable(ref.component, module)):
+        if stored and (packed := translation.packed(file, name)) is not None:
+            yield name, packed
+        elif not stored and ref.quantisation and isinstance(leaf, nn.Linear):
+            yield name, _rounded(translation.read(file, name).to(ref.device), ref, name)
+
+
+def _rounded(weight: Tensor, ref: ModelRef, name: str) -> Packed:
+    kind, scales = ON_LOAD[ref.quantisation]
+    if scales.isdigit() and weight.shape[1] % int(scales):
+        raise CheckpointError(
+            f"{ref.files[0]}: rows of {name} are {weight.shape[1]} wide, no multiple of {scales}",
+            f"Take --quantise fp8 instead of {ref.quantisation}.",
+            path=ref.files[0],
+            key=name,
+        )
+    return quantise(weight, kind, scales)
 
 
 def load_tokenizer(encoder: Sequence[Path], tokenizer: Path | None) -> Tokenizer:
@@ -58,14 +96,16 @@ def load_tokenizer(encoder: Sequence[Path], tokenizer: Path | None) -> Tokenizer
     return Tokenizer.from_bytes(open_tensors(encoder).get("spiece_model").numpy().tobytes())
 
 
+def _placed(file: TensorFile, translation: Translation, name: str, dtype: torch.dtype, device: str) -> Tensor:
+    """One tensor where it is wanted. Moved before it is unpacked or converted, so that the faster device does it."""
+    if (packed := translation.packed(file, name)) is not None:
+        return packed.to(device).dequantised(dtype)
+    tensor = _value(file, translation, name).to(device)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 def _value(file: TensorFile, translation: Translation, name: str) -> Tensor:
     """The file's tensor; where it leaves out one that never varies, that."""
     given = translation.read(file, name) if name in translation.sources else constant(name)
     assert given is not None, f"{name} is missing, which the check should have found"
     return given
-
-
-def _placed(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:
-    """Move before converting, so that the faster device converts."""
-    tensor = tensor.to(device)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -5,6 +5,7 @@ Knows nothing of container formats: safetensors and .pth readers say where tenso
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import sys
@@ -68,6 +69,10 @@ class StoredTensor:
         """Elements from the first to the last one touched."""
         return span_of(self.shape, self.stride)
 
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def open(self) -> Tensor:
         """Return the tensor as a view of the mapped file; copied only where its offset is not aligned to its dtype."""
         if self.span == 0:
@@ -78,6 +83,11 @@ class StoredTensor:
         else:
             flat = torch.frombuffer(self.file.buffer, dtype=self.dtype, count=self.span, offset=self.start)
         return flat.as_strided(self.shape, self.stride)
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Row-major strides, in elements."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def span_of(shape: Sequence[int], stride: Sequence[int]) -> int:

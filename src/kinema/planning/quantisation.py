@@ -1,0 +1,75 @@
+"""How the large matrices of each model are held: as the file has them, or rounded when they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kinema.errors import MachineError, RequestError
+from kinema.schema import Expert, FileFacts, Machine, ModelRef, Note, Quantise, Request
+
+BITS: Mapping[Quantise, float] = {"fp8": 8, "fp8-64": 8.5, "int8": 8}
+"""Bits of a weight with its share of a scale; one scale a row is less than a hundredth of a bit."""
+
+
+def quantised(ref: ModelRef, file: FileFacts, wanted: Quantise | None, field: str, notes: list[Note]) -> ModelRef:
+    """Return the recipe with its matrices held as wanted; RequestError for a file that holds them packed already."""
+    flag = "--" + field.replace("_", "-")
+    if wanted is not None and file.quantisation:
+        raise RequestError(
+            f"{field} {wanted}: {file.path} is quantised already ({file.quantisation}); rounding twice only loses more",
+            f"leave {flag} out, or take the fp16 or bf16 file",
+            field=field,
+            got=wanted,
+        )
+    if wanted is None:
+        if "plain" in file.quantisation and file.component == "dit":
+            text = f"{file.path.name} is {file.quantisation}: its norms and biases are rounded to fp8 as well; "
+            notes.append(
+                Note(about=field, text=text + "a scaled fp8 or Q8_0 file of the same size is closer to the model")
+            )
+        return ref
+    packed = round(file.matrix_parameters * BITS[wanted] / 8)
+    share = file.matrix_parameters / max(1, file.parameters)
+    text = f"{share:.0%} of the weights of {file.path.name} are rounded to {wanted} when loaded"
+    notes.append(Note(about=field, text=text))
+    return ref.model_copy(
+        update={"quantisation": wanted, "packed_parameters": file.matrix_parameters, "packed_bytes": packed}
+    )
+
+
+def multiplied(
+    refs: Mapping[Expert, ModelRef], request: Request, machine: Machine, notes: list[Note]
+) -> dict[Expert, ModelRef]:
+    """Return the recipes of the experts, their fp8 matrices multiplied as they are where that can be and is wanted.
+
+    Raises MachineError or RequestError where it is asked for and cannot be.
+    """
+    able = {expert for expert, ref in refs.items() if ref.dtype == "bfloat16" and _scaled_by_row(ref.quantisation)}
+    if request.fp8_matmul and not machine.fp8_matmul:
+        raise MachineError(
+            f"fp8_matmul: {machine.name or machine.device} does not multiply fp8 numbers; NVIDIA cards from the RTX 40 "
+            "series and H100 on do",
+            "leave --fp8-matmul out: fp8 weights are then unpacked to be multiplied",
+            need="fp8 multiplication",
+            have=machine.device,
+        )
+    if request.fp8_matmul and not able:
+        held = ", ".join(ref.quantisation or ref.dtype for ref in refs.values())
+        raise RequestError(
+            f"fp8_matmul: the DiT holds no fp8 e4m3 matrices with a scale for each row or tensor, but {held}",
+            "pass --quantise fp8 as well, or leave --fp8-matmul out",
+            field="fp8_matmul",
+            got=True,
+        )
+    if not able or not machine.fp8_matmul or request.fp8_matmul is False:
+        return dict(refs)
+    if request.fp8_matmul is None:
+        text = "fp8 matrices are multiplied as they are, activations rounded to fp8; --fp8-matmul no unpacks them"
+        notes.append(Note(about="fp8_matmul", text=text))
+    return {
+        expert: ref.model_copy(update={"fp8_matmul": True}) if expert in able else ref for expert, ref in refs.items()
+    }
+
+
+def _scaled_by_row(quantisation: str) -> bool:
+    return quantisation == "fp8" or ("fp8_e4m3" in quantisation and "weights" not in quantisation)

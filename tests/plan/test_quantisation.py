@@ -1,0 +1,87 @@
+"""How matrices are held: what a plan says of it, what it refuses, and what it counts for memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kinema.catalog import load_catalog
+from kinema.errors import MachineError, RequestError
+from kinema.schema import FileFacts, Plan
+from plan.world import MACHINE, files_of, plan
+
+MODEL = "wan2.1-t2v-1.3b"
+ABLE = MACHINE.model_copy(update={"fp8_matmul": True})
+
+
+def with_files(machine: Any = MACHINE, **changes: Any) -> dict[str, Any]:
+    files: dict[str, FileFacts] = files_of(load_catalog()[MODEL])
+    files = {role: file.model_copy(update={"matrix_parameters": file.parameters // 2}) for role, file in files.items()}
+    files["dit"] = files["dit"].model_copy(update=changes)
+    return {"files": files, "machine": machine}
+
+
+def notes(made: Plan) -> str:
+    return "\n".join(note.text for note in made.notes)
+
+
+@pytest.mark.parametrize(("how", "bits"), [("fp8", 8), ("fp8-64", 8.5), ("int8", 8)])
+def test_rounding_when_loaded_is_counted_and_said(how: str, bits: float) -> None:
+    plain = plan(MODEL, facts=with_files()).experts["model"]
+    made = plan(MODEL, facts=with_files(), quantise=how)
+    ref = made.experts["model"]
+    assert (ref.quantisation, ref.packed_parameters) == (how, plain.parameters // 2)
+    assert ref.weight_bytes == pytest.approx(plain.parameters / 2 * (bits / 8 + 2))
+    assert f"50% of the weights of low.safetensors are rounded to {how}" in notes(made)
+    assert made.text_encoder.quantisation == ""
+    before, after = (
+        {cost.stage: cost.peak_bytes for cost in each.costs} for each in (plan(MODEL, facts=with_files()), made)
+    )
+    assert after["sample"] < before["sample"]
+    assert plan(MODEL, facts=with_files(), quantise_text_encoder=how).text_encoder.quantisation == how
+
+
+def test_a_quantised_file_is_held_as_it_is_and_never_rounded_again() -> None:
+    facts = with_files(quantisation="Q4_K", packed_parameters=1_000_000, packed_bytes=562_500)
+    ref = plan(MODEL, facts=facts).experts["model"]
+    assert (ref.quantisation, ref.packed_bytes) == ("Q4_K", 562_500)
+    assert ref.weight_bytes == 562_500 + 2 * (ref.parameters - 1_000_000)
+    with pytest.raises(RequestError, match=r"is quantised already \(Q4_K\)"):
+        plan(MODEL, facts=facts, quantise="fp8")
+
+
+def test_plain_fp8_is_warned_of() -> None:
+    assert "rounded to fp8 as well" in notes(plan(MODEL, facts=with_files(quantisation="fp8_e4m3 plain")))
+    assert "fp8" not in notes(plan(MODEL, facts=with_files(quantisation="fp8_e4m3, a scale per tensor")))
+
+
+@pytest.mark.parametrize(
+    ("held", "multiplied"),
+    [
+        ("fp8_e4m3, a scale per tensor", True),
+        ("fp8_e4m3, a scale per channel", True),
+        ("fp8_e4m3 plain", True),
+        ("fp8_e5m2 plain", False),
+        ("fp8_e4m3, a scale per 64 weights", False),
+        ("int8, a scale per channel", False),
+        ("Q8_0", False),
+        ("", False),
+    ],
+)
+def test_fp8_is_multiplied_where_the_card_can(held: str, multiplied: bool) -> None:
+    made = plan(MODEL, facts=with_files(ABLE, quantisation=held))
+    assert made.experts["model"].fp8_matmul is multiplied
+    assert ("multiplied as they are" in notes(made)) is multiplied
+    assert not plan(MODEL, facts=with_files(quantisation=held)).experts["model"].fp8_matmul
+    assert not plan(MODEL, facts=with_files(ABLE, quantisation=held), fp8_matmul=False).experts["model"].fp8_matmul
+    exact = plan(MODEL, facts=with_files(ABLE, quantisation=held), precision="reference")
+    assert not exact.experts["model"].fp8_matmul
+
+
+def test_fp8_multiplication_asked_for_in_vain_is_refused() -> None:
+    with pytest.raises(MachineError, match="Card does not multiply fp8 numbers"):
+        plan(MODEL, facts=with_files(), quantise="fp8", fp8_matmul=True)
+    with pytest.raises(RequestError, match=r"holds no fp8 e4m3 matrices .*, but bfloat16"):
+        plan(MODEL, facts=with_files(ABLE), fp8_matmul=True)
+    assert plan(MODEL, facts=with_files(ABLE), quantise="fp8", fp8_matmul=True).experts["model"].fp8_matmul
