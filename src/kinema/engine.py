@@ -6,21 +6,24 @@ kept when finishing fails; what the verbs do is in ops, what is decided is in th
 
 from __future__ import annotations
 
-import itertools
 import platform
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from kinema import ops
+from kinema.clips.kept import CLIPS_SUFFIX, KeptClips
+from kinema.clips.loop import Branches, make_clips
+from kinema.clips.tasks import clip_task
 from kinema.errors import Cancelled, KinemaError, NumericsError, OutputError
 from kinema.media.background import BackgroundWriter
 from kinema.media.files import write_whole
@@ -40,7 +43,6 @@ from kinema.schema import (
     Facts,
     ModelRef,
     OutputKind,
-    OutputPlan,
     Plan,
     Preview,
     Progress,
@@ -105,7 +107,7 @@ class Meter:
         self._since, self._since_done = clock(), 0
 
     def start(self) -> Progress:
-        return Progress(stage=self._stage, done=0, total=self._total, seed=self._seed)
+        return Progress(stage=self._stage, done=self._done, total=self._total, seed=self._seed)
 
     def tick(self, units: int = 1) -> Progress:
         now = self._clock()
@@ -160,32 +162,52 @@ class Engine:
         yield from plan.notes
         stages = Stages(plan.device)
         self._hashes.begin(plan.files)
-        conditions = yield from self._encode(plan, stages, cancelled)
-        for index, seed in enumerate(plan.seeds):
-            latents_CFhw = yield from self._sample(plan, seed, conditions, stages, cancelled)
-            yield from self._finish(self._single(plan, index), seed, latents_CFhw, stages, cancelled)
+        if plan.clips:
+            for index in range(len(plan.seeds)):
+                single = self._single(plan, index)
+                yield from self._clips(single, KeptClips(single, _beside(single, CLIPS_SUFFIX)), stages, cancelled)
+        else:
+            conditions = yield from self._encode(plan, stages, cancelled)
+            for index, seed in enumerate(plan.seeds):
+                start = noise(seed, (1, *plan.latent))
+                meter = Meter("sample", len(plan.steps), seed)
+                latents_CFhw = yield from self._sample(plan, start, conditions, stages, cancelled, meter)
+                yield from self._finish(self._single(plan, index), seed, latents_CFhw, stages, cancelled)
         self._calibrate(plan, stages)
 
-    def decode(self, path: Path, request: Request | None = None, cancelled: Stop = lambda: False) -> Iterator[Event]:
-        """Make the video of a latents file, beside it or where the output fields of `request` say."""
-        latents_CFhw, plan = ops.read_latents(path)
-        plan = plan.model_copy(update={"output": self._output_of(path, plan, request or Request())})
+    def resume(self, folder: Path, request: Request | None = None, cancelled: Stop = lambda: False) -> Iterator[Event]:
+        """Go on with a video made clip by clip, from the folder in which its finished clips were kept.
+
+        It goes where it was meant to, or where the output fields of `request` say. Raises as `run` does.
+        """
+        kept = KeptClips.open(folder)
+        plan = self._output_as_asked(folder, kept.plan, request or Request())
         self._hashes.begin(plan.files)
-        yield from self._finish(plan, plan.seeds[0], latents_CFhw, Stages(plan.device), cancelled, kept=path)
+        yield from self._clips(plan, kept, Stages(plan.device), cancelled)
+
+    def decode(self, path: Path, request: Request | None = None, cancelled: Stop = lambda: False) -> Iterator[Event]:
+        """Make the video of a latents file, beside it or where the output fields of `request` say.
+
+        path   or a folder of finished clips, of which the video is made as far as it goes; the folder stays.
+        """
+        kept = KeptClips.open(path) if path.is_dir() else None
+        latents_CFhw, plan = ops.read_latents(path) if kept is None else (kept.latents[0], kept.plan)
+        if plan.clips:
+            finished = kept.latents if kept else list(latents_CFhw.split(plan.latent[1], dim=1))
+            plan, kept = plan.shortened(len(finished)), KeptClips(plan, None, finished)
+        plan = self._output_as_asked(path, plan, request or Request())
+        self._hashes.begin(plan.files)
+        stages = Stages(plan.device)
+        if kept is not None:
+            yield from self._clips(plan, kept, stages, cancelled)
+        else:
+            yield from self._finish(plan, plan.seeds[0], latents_CFhw, stages, cancelled, kept=path)
 
     # --- stages --------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _encode(self, plan: Plan, stages: Stages, cancelled: Stop) -> Generator[Event, None, dict[Branch, Conditions]]:
-        texts = [plan.prompt]
-        if any(step.guidance != 1.0 for step in plan.steps):
-            texts.append(plan.negative)
-        yield (meter := Meter("encode text", 1)).start()
-        # Texts out of memory say nothing of the encoder's speed: they are no stage.
-        known = all((plan.text_encoder, plan.text_len, text) in self._texts for text in texts)
-        with nullcontext() if known else stages.measure("encode text"):
-            rows = self._encode_texts(plan, texts)
-        yield meter.tick()
+        rows = yield from self._encode_prompts(plan, stages)
         clip = concat = clean = None
         if plan.images:
             _stop_if(cancelled)
@@ -197,8 +219,22 @@ class Engine:
                 yield meter.tick()
         else:
             concat, clean = ops.encode_images(None, plan)
+        return {branch: Conditions((text,), clip, concat, clean) for branch, text in rows.items()}
+
+    @torch.inference_mode()
+    def _encode_prompts(self, plan: Plan, stages: Stages) -> Generator[Event, None, dict[Branch, Tensor]]:
+        """Rows of the prompt and, where there is guidance, of the negative prompt."""
+        texts = [plan.prompt]
+        if any(step.guidance != 1.0 for step in plan.steps):
+            texts.append(plan.negative)
+        yield (meter := Meter("encode text", 1)).start()
+        # Texts out of memory say nothing of the encoder's speed: they are no stage.
+        known = all((plan.text_encoder, plan.text_len, text) in self._texts for text in texts)
+        with nullcontext() if known else stages.measure("encode text"):
+            rows = self._encode_texts(plan, texts)
+        yield meter.tick()
         branches: tuple[Branch, ...] = ("cond", "uncond")
-        return {branch: Conditions((text,), clip, concat, clean) for branch, text in zip(branches, rows, strict=False)}
+        return dict(zip(branches, rows, strict=False))
 
     def _encode_texts(self, plan: Plan, texts: list[str]) -> list[Tensor]:
         """Rows of each text, from memory where it was encoded before."""
@@ -217,7 +253,13 @@ class Engine:
 
     @torch.inference_mode()
     def _sample(
-        self, plan: Plan, seed: int, conditions: dict[Branch, Conditions], stages: Stages, cancelled: Stop
+        self,
+        plan: Plan,
+        start_BCFhw: Tensor,
+        conditions: Mapping[Branch, Conditions],
+        stages: Stages,
+        cancelled: Stop,
+        meter: Meter,
     ) -> Generator[Event, None, Tensor]:
         device = torch.device(plan.device)
         velocity = ops.Velocity(lambda expert: cast(WanDiT, self._models.get(plan.experts[expert])), conditions, device)
@@ -228,13 +270,11 @@ class Engine:
                 self._models.get(first)
                 yield meter.tick()
         clean = conditions["cond"].clean_BCFhw
-        start = noise(seed, (1, *plan.latent)).to(device)
         factors = ops.preview_factors(plan) if plan.output.preview is not None else None
-        meter = Meter("sample", len(plan.steps), seed)
         with stages.measure("sample"):
             yield meter.start()
             try:
-                for step in sample(plan.steps, plan.solver, start, velocity, clean):
+                for step in sample(plan.steps, plan.solver, start_BCFhw.to(device), velocity, clean):
                     yield meter.tick()
                     _stop_if(cancelled)
                     if plan.output.preview is not None:
@@ -262,15 +302,15 @@ class Engine:
         kept: Path | None = None,
     ) -> Iterator[Event]:
         """Decode and write the outputs of one seed; its latents are on disk before, and stay there on failure."""
-        hashes = self._hashes.collect(plan.files)
-        plan = plan.model_copy(update={"hashes": hashes, "versions": versions()})
+        plan = self._with_origins(plan)
         paths = dict(zip(plan.output.kinds, plan.output.paths[0], strict=True))
         asked = paths.pop("latents", None)
-        safe = kept or _keep(ops.latents_bytes(latents_CFhw, plan), asked or _latents_beside(plan))
+        safe = kept or _keep(ops.latents_bytes(latents_CFhw, plan), asked or _beside(plan, ".latents.safetensors"))
         if paths:
             try:
                 with stages.measure("decode"):
-                    yield from self._write(plan, seed, latents_CFhw, paths, cancelled)
+                    frames = ops.decode_frames(cast(WanVAE, self._models.get(plan.vae)), latents_CFhw, plan)
+                    yield from self._write(plan, seed, frames, paths, cancelled)
             except Exception as error:
                 raise _unfinished(error, safe) from error
             if asked is None and kept is None:
@@ -278,15 +318,19 @@ class Engine:
         yield Result(seed=seed, paths=plan.output.paths[0], plan=plan, stages=stages.reports)
 
     def _write(
-        self, plan: Plan, seed: int, latents_CFhw: Tensor, paths: Mapping[OutputKind, Path], cancelled: Stop
+        self,
+        plan: Plan,
+        seed: int,
+        frames: Iterable[Tensor | Event],
+        paths: Mapping[OutputKind, Path],
+        cancelled: Stop,
     ) -> Iterator[Event]:
-        """Decode once, every file written in a thread of its own while the next frames are made."""
-        vae = cast(WanVAE, self._models.get(plan.vae))
+        """Write frames as they come, every file in a thread of its own; pass on the events among them."""
         metadata = {} if plan.output.strip else {ops.PLAN_KEY: plan.model_dump_json(exclude_none=True)}
 
         def write_one(path: Path, kind: OutputKind, chunks: Iterator[Tensor]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            media = Media(chunks, plan.frames, plan.width, plan.height, plan.fps, metadata)
+            media = Media(chunks, plan.frames, plan.width, plan.height, plan.fps, metadata, plan.sound)
             write(media, path, kind, plan.output.quality)
 
         yield (meter := Meter("decode", plan.frames, seed)).start()
@@ -294,13 +338,62 @@ class Engine:
             writers = [
                 stack.enter_context(BackgroundWriter(partial(write_one, path, kind))) for kind, path in paths.items()
             ]
-            for frames_THWC in ops.decode_frames(vae, latents_CFhw, plan):
+            for item in frames:
+                if not isinstance(item, Tensor):
+                    yield item
+                    continue
                 _stop_if(cancelled)
                 for writer in writers:
-                    writer.add(frames_THWC)
-                yield meter.tick(len(frames_THWC))
+                    writer.add(item)
+                yield meter.tick(len(item))
         for beside in sidecars(tuple(paths.values()), plan.output.strip):
             write_whole(beside, plan.model_dump_json(exclude_none=True, indent=2).encode())
+
+    # --- clip by clip --------------------------------------------------------------------------------
+
+    def _clips(self, plan: Plan, kept: KeptClips, stages: Stages, cancelled: Stop) -> Iterator[Event]:
+        """Make one video clip by clip. Finished clips stay in `kept` until all of it is written."""
+        seed, paths = plan.seeds[0], dict(zip(plan.output.kinds, plan.output.paths[0], strict=True))
+        asked = paths.pop("latents", None)
+        try:
+            frames = self._clip_frames(plan, seed, kept, stages, cancelled)
+            # Hashes are waited for when the first frames are there, not before.
+            opening = yield from _events_before(frames)
+            plan = self._with_origins(plan)
+            yield from self._write(plan, seed, chain(opening, frames), paths, cancelled)
+            if asked is not None:
+                write_whole(asked, ops.latents_bytes(torch.cat(kept.latents, dim=1), plan))
+        except Exception as error:
+            if not kept.hint():
+                raise
+            raise _hinted(error, kept.hint(), clips=str(kept.folder)) from error
+        kept.remove()
+        yield Result(seed=seed, paths=plan.output.paths[0], plan=plan, stages=stages.reports)
+
+    @torch.inference_mode()
+    def _clip_frames(
+        self, plan: Plan, seed: int, kept: KeptClips, stages: Stages, cancelled: Stop
+    ) -> Iterator[Event | Tensor]:
+        """Yield what happens and the frames of all clips; those finished before are only decoded."""
+        rows: dict[Branch, Tensor] = {}
+        if len(kept) < len(plan.clips):
+            rows = yield from self._encode_prompts(plan, stages)
+        with stages.measure("encode inputs"):
+            yield (inputs := Meter("encode inputs", 1)).start()
+            task = clip_task(plan, self._models.get, rows, partial(_stop_if, cancelled))
+            yield inputs.tick()
+        meter = Meter("sample", len(plan.steps) * (len(plan.clips) - len(kept)), seed)
+
+        def sample_clip(number: int, conditions: Callable[[], Branches]) -> Generator[Event, None, Tensor]:
+            _stop_if(cancelled)
+            if number < len(kept):
+                return kept.latents[number]
+            told, start_BCFhw = conditions(), task.noise(number, seed)
+            latents_CFhw = yield from self._sample(plan, start_BCFhw, told, stages, cancelled, meter)
+            kept.add(latents_CFhw)
+            return latents_CFhw
+
+        yield from make_clips(plan.clips, task, sample_clip, stages.measure)
 
     # --- small things --------------------------------------------------------------------------------
 
@@ -309,14 +402,21 @@ class Engine:
         output = plan.output.model_copy(update={"paths": (plan.output.paths[index],)})
         return plan.model_copy(update={"seeds": (plan.seeds[index],), "output": output})
 
-    def _output_of(self, path: Path, plan: Plan, request: Request) -> OutputPlan:
-        save = request.save or path.with_name(path.name.removesuffix(".safetensors").removesuffix(".latents") + ".mp4")
+    def _with_origins(self, plan: Plan) -> Plan:
+        """The plan with the hashes of its files and the versions that run it."""
+        return plan.model_copy(update={"hashes": self._hashes.collect(plan.files), "versions": versions()})
+
+    def _output_as_asked(self, path: Path, plan: Plan, request: Request) -> Plan:
+        """The plan with its outputs beside `path`, latents or a folder of clips, or where `request` says."""
+        stem = path.name.removesuffix(".safetensors").removesuffix(".latents").removesuffix(CLIPS_SUFFIX)
+        save = request.save or path.with_name(stem + ".mp4")
         kinds = request.output or tuple(kind for kind in plan.output.kinds if kind != "latents")
         if request.save is None and kinds:
             save = save.with_suffix(f".{kinds[0]}")
         request = request.model_copy(update={"save": save, "output": kinds})
         facts = Facts(existing=existing_names(output_folder(request)))
-        return plan_output(request, facts, plan.seeds, plan.frames, plan.prompt, [])
+        output = plan_output(request, facts, plan.seeds, plan.frames, plan.prompt, [])
+        return plan.model_copy(update={"output": output})
 
     def _calibrate(self, plan: Plan, stages: Stages) -> None:
         if self.settings.cache is not None:
@@ -334,13 +434,22 @@ def _stop_if(cancelled: Stop) -> None:
         raise Cancelled("stopped as asked; no file was left half-written")
 
 
-def _latents_beside(plan: Plan) -> Path:
-    """A free name beside the output: latents that lie there are somebody's finished work."""
+def _beside(plan: Plan, suffix: str) -> Path:
+    """A free name beside the output: what lies there is somebody's finished work."""
     first = plan.output.paths[0][0]
-    stem = first.name.removesuffix(first.suffix)
-    tails = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    paths = (first.with_name(f"{stem}{tail}.latents.safetensors") for tail in tails)
+    stem = first.name.removesuffix(first.suffix).removesuffix(".latents")
+    tails = chain([""], (f"-{number}" for number in count(2)))
+    paths = (first.with_name(f"{stem}{tail}{suffix}") for tail in tails)
     return next(path for path in paths if not path.exists())
+
+
+def _events_before(frames: Iterator[Event | Tensor]) -> Generator[Event, None, list[Tensor]]:
+    """Pass on what happens until frames come; return those."""
+    for item in frames:
+        if isinstance(item, Tensor):
+            return [item]
+        yield item
+    return []
 
 
 def _keep(data: bytes, path: Path) -> Path:
@@ -357,9 +466,14 @@ def _keep(data: bytes, path: Path) -> Path:
 def _unfinished(error: Exception, latents: Path) -> KinemaError:
     """The error to raise when the video could not be made of finished latents: where they are, what to type."""
     hint = f"the finished latents are in {latents}; make the video with: kinema decode {latents}"
+    return _hinted(error, hint, latents=str(latents))
+
+
+def _hinted(error: Exception, hint: str, **details: Any) -> KinemaError:
+    """The same error with one hint more. Foreign errors become ours."""
     if isinstance(error, KinemaError):
-        return type(error)(error.message, f"{error.hint}\n{hint}".strip(), **{**error.details, "latents": str(latents)})
-    return OutputError(f"the video could not be made: {error}", hint, latents=str(latents))
+        return type(error)(error.message, f"{error.hint}\n{hint}".strip(), **{**error.details, **details})
+    return OutputError(f"the video could not be made: {error}", hint, **details)
 
 
 def _located(error: NumericsError, last: ops.LastCall | None) -> NumericsError:

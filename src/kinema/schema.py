@@ -412,7 +412,7 @@ class ImagePlan(Frozen):
     width: int
     height: int
     crop: bool
-    filter: Literal["lanczos", "bicubic"]
+    filter: Literal["lanczos", "bicubic", "bilinear"]
 
 
 class CameraSegment(Frozen):
@@ -434,6 +434,36 @@ class CameraPlan(Frozen):
     path: Path | None = None
 
 
+class ClipPlan(Frozen):
+    """One clip of a video that is made clip by clip, each on the frames of those before.
+
+    start    the clip's place in what drives it (sound, pose), in frames.
+    frames   frames that are decoded of it.
+    skip     of these, how many at its start are not shown: they are given, or not good.
+    shown    how many are, after those.
+    """
+
+    start: int
+    frames: int
+    skip: int = 0
+    shown: int
+
+
+class SpeechPlan(Frozen):
+    """What drives a speech-driven video.
+
+    audio            any sound file; the reference is the plan's image of that role.
+    pose             video of a skeleton at the video's rate, None without one.
+    history_frames   pixel frames before a clip that the model sees.
+    from_reference   the video goes on from the reference image, as if it had been shown before.
+    """
+
+    audio: Path
+    pose: Path | None = None
+    history_frames: int = 73
+    from_reference: bool = False
+
+
 class SoundPlan(Frozen):
     """The sound of a video: `seconds` of a file from `start` on, or as much of it as there is."""
 
@@ -445,7 +475,9 @@ class SoundPlan(Frozen):
 class Plan(Frozen):
     """Every decision of a run, no tensors. `kinema plan` prints it; the output file carries it; replay runs it.
 
-    latent            (channels, latent frames, rows, columns).
+    latent            (channels, latent frames, rows, columns) of one sampling: of a clip, where there are clips.
+    clips             how a long video is made of several samplings; empty where one makes all of it.
+    sound             what is heard in outputs that can hold it.
     hashes, versions  sha256 of every one of `files` by path, and what ran them; filled in when the run ends.
     """
 
@@ -460,6 +492,7 @@ class Plan(Frozen):
     vae: ModelRef
     text_encoder: ModelRef
     clip_vision: ModelRef | None = None
+    audio_encoder: ModelRef | None = None
     prompt: str
     negative: str
     text_len: int
@@ -472,6 +505,9 @@ class Plan(Frozen):
     fps: float
     latent: tuple[int, int, int, int]
     tokens: int
+    clips: tuple[ClipPlan, ...] = ()
+    speech: SpeechPlan | None = None
+    sound: SoundPlan | None = None
     seeds: tuple[int, ...]
     solver: Solver
     shift: float
@@ -492,13 +528,23 @@ class Plan(Frozen):
         """Sigma at each step, then the final 0."""
         return (*(step.sigma for step in self.steps), 0.0)
 
+    def shortened(self, clips: int) -> Plan:
+        """Return the plan of the first `clips` clips alone."""
+        first = self.clips[:clips]
+        frames = sum(clip.shown for clip in first)
+        sound = self.sound and self.sound.model_copy(update={"seconds": frames / self.fps})
+        return self.model_copy(update={"clips": first, "frames": frames, "sound": sound})
+
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file the result depends on: weights, tokenizer and input images."""
-        refs = [ref for ref in (*self.experts.values(), self.vae, self.text_encoder, self.clip_vision) if ref]
+        """Every file the result depends on: weights, tokenizer, input images and sound."""
+        encoders = (self.text_encoder, self.clip_vision, self.audio_encoder)
+        refs = [ref for ref in (*self.experts.values(), self.vae, *encoders) if ref]
         weights = [file for ref in refs for file in ref.files]
         others = [self.text_encoder.tokenizer, *(image.path for image in self.images)]
         others += [self.camera.path] if self.camera else []
+        others += [self.speech.audio, self.speech.pose] if self.speech else []
+        others += [self.sound.path] if self.sound else []
         return tuple(dict.fromkeys([*weights, *(file for file in others if file)]))
 
 

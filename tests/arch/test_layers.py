@@ -61,7 +61,6 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "kinema.residents": (*BELOW_WEIGHTS, "kinema.runtime", "kinema.weights"),
     "kinema.ops": BELOW_OPS,
-    "kinema.engine": (*BELOW_OPS, "kinema.ops", "kinema.survey", "kinema.residents"),
     "kinema.control_video": (
         *NOUNS,
         "kinema.tensors",
@@ -71,6 +70,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "kinema.planning.geometry",
         "kinema.planning.outputs",
     ),
+    "kinema.clips": (*BELOW_OPS, "kinema.ops"),
+    "kinema.engine": (*BELOW_OPS, "kinema.clips", "kinema.ops", "kinema.survey", "kinema.residents"),
     "kinema.batch": (*NOUNS, "kinema.request", "kinema.planning", "kinema.engine"),
     "kinema.cli": ("kinema",),
     "kinema": ("kinema",),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-Filter = Literal["bicubic", "lanczos"]
+Filter = Literal["bicubic", "bilinear", "lanczos"]
 
 
 def to_video_range(frame_HWC: Tensor) -> Tensor:
@@ -32,12 +32,13 @@ def resize(frame_CHW: Tensor, width: int, height: int, filter: Filter) -> Tensor
 
     bicubic  torch's, on the CPU, without antialiasing and not clamped: what image to video models were trained with.
     lanczos  Pillow's, on 8-bit pixels: what TI2V was trained with. The frame has to come from 8-bit pixels.
-    Source: Wan-Video/Wan2.2 wan/image2video.py, wan/textimage2video.py (Apache-2.0).
+    bilinear Pillow's likewise, which averages where it shrinks: what S2V was trained with.
+    Source: Wan-Video/Wan2.2 wan/image2video.py, wan/textimage2video.py, wan/speech2video.py (Apache-2.0).
     """
     if filter == "bicubic":
         return F.interpolate(frame_CHW.cpu().float()[None], size=(height, width), mode="bicubic")[0]
     pixels_HWC = to_uint8(frame_CHW).cpu().numpy()
-    resized = Image.fromarray(pixels_HWC).resize((width, height), Image.Resampling.LANCZOS)
+    resized = Image.fromarray(pixels_HWC).resize((width, height), Image.Resampling[filter.upper()])
     return to_video_range(torch.from_numpy(np.array(resized)))
 
 
