@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from kinema.schema import Request
 
-VERBS = frozenset({"generate", "plan", "inspect", "doctor", "replay", "decode", "demo", "models", "control"})
+VERBS = frozenset({"generate", "plan", "inspect", "doctor", "replay", "decode", "demo", "models", "control", "drive"})
 
 CLI_FLAGS = frozenset(
     {
@@ -19,6 +19,12 @@ CLI_FLAGS = frozenset(
         "--high",
         "--threshold",
         "--weights",
+        "--detector",
+        "--points",
+        "--replace",
+        "--no-retarget",
+        "--columns",
+        "--rows",
         "--allow-changed",
         "--image",
         "--config",

@@ -9,8 +9,9 @@ The fields of `Request` are the keyword arguments. Importing this loads no torch
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from kinema.errors import (
     Cancelled,
@@ -46,6 +47,7 @@ __all__ = [
     "Settings",
     "__version__",
     "control",
+    "drive",
     "generate",
     "generate_all",
     "plan",
@@ -77,22 +79,42 @@ def generate_all(*, settings: Settings | None = None, **fields: Any) -> list[Res
 
 
 def control(kind: str, video: Path | str, **fields: Any) -> Path:
-    """Make a control video of a clip and return where it is: "canny", "scribble" or "depth".
+    """Make a control video of a clip and return where it is: "canny", "scribble", "depth" or "pose".
 
     fields  size, frames, fps, save, overwrite, quality, device as of a Request; low, high (canny), threshold
-            (scribble), weights (depth) as of kinema.control_video.ControlOptions.
+            (scribble), weights (depth), detector, points (pose) as of kinema.control_video.ControlOptions.
     Raises RequestError for what cannot be read or written, CatalogError without a depth model.
     """
     from kinema.control_video import ControlOptions, check_kind, make_control
     from kinema.settings import default_settings
 
     options = ControlOptions(**{name: fields.pop(name) for name in ControlOptions.model_fields if name in fields})
-    making = make_control(check_kind(kind), Path(video), make_request(fields), options, default_settings().models)
+    return _finished(
+        make_control(check_kind(kind), Path(video), make_request(fields), options, default_settings().models)
+    )
+
+
+def drive(video: Path | str, **fields: Any) -> dict[str, Path]:
+    """Make the videos that drive Animate of a video of one person; return them by Request field.
+
+    fields  reference, mask, size, frames, fps, device, save (a folder), overwrite, quality as of a Request; replace,
+            retarget, columns, rows, detector, points as of kinema.driving.DriveOptions.
+    Raises RequestError for what cannot be read or shows nobody, CatalogError without the two ONNX files.
+    """
+    from kinema.driving import DriveOptions, make_driving
+    from kinema.settings import default_settings
+
+    options = DriveOptions(**{name: fields.pop(name) for name in DriveOptions.model_fields if name in fields})
+    return _finished(make_driving(Path(video), make_request(fields), options, default_settings().models))
+
+
+def _finished(making: Generator[Any, None, T]) -> T:
+    """Run a generator to its end and return what it returns."""
     while True:
         try:
             next(making)
         except StopIteration as end:
-            return Path(end.value)
+            return cast(T, end.value)
 
 
 def _engine(settings: Settings | None) -> Engine:
@@ -100,6 +122,9 @@ def _engine(settings: Settings | None) -> Engine:
     from kinema.settings import default_settings
 
     return Engine(settings or default_settings())
+
+
+T = TypeVar("T")
 
 
 def generate(*, settings: Settings | None = None, **fields: Any) -> Result:

@@ -21,11 +21,13 @@ from kinema.media.reader import read_video
 from kinema.media.video import write
 from kinema.planning.geometry import frames_shown, size_by_area
 from kinema.planning.outputs import SUFFIXES
+from kinema.pose.files import find_reader
+from kinema.pose.skeleton import draw
 from kinema.request import nearest
 from kinema.schema import AREAS, Frozen, MediaFacts, Progress, Request
 from kinema.tensors import Media
 
-ControlKind = Literal["canny", "scribble", "depth"]
+ControlKind = Literal["canny", "scribble", "depth", "pose"]
 Picture = Callable[[Tensor], Tensor]
 """frame_HWC uint8 -> control frame_HWC uint8."""
 
@@ -40,12 +42,15 @@ class ControlOptions(Frozen):
     low, high  canny: bounds of the gradient.
     threshold  scribble: gradient from which an outline begins.
     weights    depth: folder of a Depth Anything model; None looks in the models folders.
+    detector, points   pose: ONNX files that find people and their joints; None looks in the models folders.
     """
 
     low: float = pictures.CANNY_LOW
     high: float = pictures.CANNY_HIGH
     threshold: float = pictures.SCRIBBLE_THRESHOLD
     weights: Path | None = None
+    detector: Path | None = None
+    points: Path | None = None
 
 
 def check_kind(kind: str) -> ControlKind:
@@ -181,10 +186,16 @@ def _depth(options: ControlOptions, device: str, models: Iterable[Path]) -> Pict
     return Depth(folder, device)
 
 
+def _pose(options: ControlOptions, device: str, models: Iterable[Path]) -> Picture:
+    reader = find_reader(options.detector, options.points, device, models)
+    return lambda frame_HWC: draw(reader(frame_HWC), frame_HWC.shape[1], frame_HWC.shape[0])
+
+
 KINDS: dict[ControlKind, Callable[[ControlOptions, str, Iterable[Path]], Picture]] = {
     "canny": _canny,
     "scribble": _scribble,
     "depth": _depth,
+    "pose": _pose,
 }
 
 assert tuple(KINDS) == get_args(ControlKind)

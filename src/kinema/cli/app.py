@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import cyclopts
 from cyclopts import App, Group, Parameter
@@ -30,6 +30,8 @@ DEMO_SEED = 1
 
 Verb = Callable[..., int]
 
+
+T = TypeVar("T")
 
 MANY = Group("Many prompts", sort_key=9)
 
@@ -150,7 +152,7 @@ def decode(call: Call, latents: Annotated[Path, Parameter(name="LATENTS", help="
 
 def control(
     call: Call,
-    kind: Annotated[str, Parameter(name="KIND", help="canny, scribble or depth")],
+    kind: Annotated[str, Parameter(name="KIND", help="canny, scribble, depth or pose")],
     video: Annotated[Path, Parameter(name="VIDEO", help="a clip, an animated image or a folder of frames")],
     /,
     *,
@@ -158,11 +160,14 @@ def control(
     high: Annotated[float | None, _switch("canny: gradient from which an edge begins; 200")] = None,
     threshold: Annotated[float | None, _switch("scribble: gradient from which an outline begins; 60")] = None,
     weights: Annotated[Path | None, _switch("depth: folder of a Depth Anything V2 model")] = None,
+    detector: Annotated[Path | None, _switch("pose: yolov10m.onnx, which finds people")] = None,
+    points: Annotated[Path | None, _switch("pose: vitpose_h_wholebody.onnx, which finds their joints")] = None,
 ) -> int:
-    """Make a control video of a clip: edges, scribbles or depth."""
+    """Make a control video of a clip: edges, scribbles, depth or skeletons."""
     from kinema.control_video import ControlOptions, check_kind, make_control
 
     given = {"low": low, "high": high, "threshold": threshold, "weights": weights}
+    given |= {"detector": detector, "points": points}
     options = ControlOptions(**{name: value for name, value in given.items() if value is not None})
     request = make_request(call.fields)
     with make_teller(call.json) as teller:
@@ -173,19 +178,47 @@ def control(
     return 0
 
 
+def drive(
+    call: Call,
+    video: Annotated[Path, Parameter(name="VIDEO", help="a video of one person")],
+    /,
+    *,
+    replace: Annotated[bool, _switch("make mask and background too, to put somebody else into the video")] = False,
+    no_retarget: Annotated[bool, _switch("keep the driver's own limbs, whatever the reference's body")] = False,
+    columns: Annotated[int, _switch("columns of the mask's blocks; 1 by 1 makes it a box")] = 1,
+    rows: Annotated[int, _switch("rows of the mask's blocks")] = 1,
+    detector: Annotated[Path | None, _switch("yolov10m.onnx, which finds people")] = None,
+    points: Annotated[Path | None, _switch("vitpose_h_wholebody.onnx, which finds their joints")] = None,
+) -> int:
+    """Make the videos that drive Animate of a video: skeleton, face, and for replacement mask and background."""
+    from kinema.driving import DriveOptions, generate_command, make_driving
+
+    options = DriveOptions(
+        replace=replace, retarget=not no_retarget, columns=columns, rows=rows, detector=detector, points=points
+    )
+    request = make_request(call.fields)
+    with make_teller(call.json) as teller:
+        making = make_driving(video, request, options, call.configuration.settings.models)
+        with Interruption() as cancelled:
+            made = _told(making, teller, cancelled)
+        paths = {role: str(path) for role, path in made.items()}
+        teller.show(generate_command(video, request, made), {"event": "result", "paths": list(paths.values()), **paths})
+    return 0
+
+
 def demo(call: Call) -> int:
     """Make a small video with the model that ships with Kinema."""
     fields = {"prompt": DEMO_PROMPT, "seed": DEMO_SEED, **call.fields, "model": "demo"}
     return _generate(make_request(fields), call)
 
 
-def _told(making: Generator[Event, None, Path], teller: Teller, cancelled: Callable[[], bool]) -> Path:
+def _told(making: Generator[Event, None, T], teller: Teller, cancelled: Callable[[], bool]) -> T:
     """Tell what a generator yields and return what it returns."""
     while True:
         try:
             teller.event(next(making))
         except StopIteration as end:
-            return cast(Path, end.value)
+            return cast(T, end.value)
         if cancelled():
             making.close()
             raise Cancelled("stopped as asked; no file was left half-written")
@@ -227,6 +260,7 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(doctor),
     "replay": Command(replay),
     "decode": Command(decode, ("output", "save", "overwrite", "quality", "strip")),
+    "drive": Command(drive, ("reference", "mask", "size", "frames", "fps", "device", "save", "overwrite", "quality")),
     "control": Command(control, ("size", "frames", "fps", "device", "save", "overwrite", "quality")),
     "demo": Command(demo, ("prompt", "first", "last", "seed", "steps", "device", "output", "save", "overwrite")),
     "models": Command(models),

@@ -22,6 +22,7 @@ LIBRARIES = ("torch", "numpy", "safetensors", "transformers", "sentencepiece", "
 EXTRAS = {
     "flash_attn": "attention on CUDA cards, often faster than torch's own at long videos",
     "sageattention": "8-bit attention on CUDA cards: faster, slightly different pictures",
+    "onnxruntime": "poses and skeletons: kinema drive, kinema control pose",
     "triton": "what sageattention's kernels are compiled with",
 }
 """Import name of each optional package -> what it would change. Plain torch always works."""

@@ -57,6 +57,25 @@ def size_by_area(width: int, height: int, area: int) -> tuple[int, int]:
     return max(columns, PATCH) * stride, max(rows, PATCH) * stride
 
 
+def size_within(width: int, height: int, area: int, multiple: int = 16) -> tuple[int, int]:
+    """Return (width, height) of the most pixels within `area` at nearly the picture's aspect, both multiples.
+
+    Source: Wan-Video/Wan2.2 wan/modules/animate/preprocess/utils.py, where widths are multiples of 64 by oversight.
+    """
+    aspect = width / height
+    rows = range(multiple, int(math.sqrt(area / aspect)) + multiple, multiple)
+    sizes = {
+        (columns // multiple * multiple, row)
+        for row in rows
+        for columns in (row * aspect, row * aspect + multiple - 1)
+        if columns >= multiple and columns // multiple * multiple * row <= area
+    }
+    best = max(
+        sizes, key=lambda size: (size[0] * size[1], -abs(size[0] / size[1] - aspect)), default=(multiple, multiple)
+    )
+    return int(best[0]), int(best[1])
+
+
 def size_by_area_wan22(width: int, height: int, area: int) -> tuple[int, int]:
     """Return (width, height) within `area` nearest to the image's aspect, both multiples of 32; TI2V-5B's rule.
 

@@ -1,0 +1,216 @@
+"""Read a person's pose from a frame with two networks: one finds the person, one the 133 points of the whole body.
+
+Both are ONNX files: yolov10m and ViTPose-H wholebody, the two that Animate was trained behind; others with the same
+inputs and outputs do as well. onnxruntime is the extra `pose`.
+Source: Wan-Video/Wan2.2 wan/modules/animate/preprocess/pose2d.py, pose2d_utils.py (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kinema.errors import CheckpointError, MachineError
+from kinema.pose.keypoints import NUM_POINTS, Pose
+
+Box = tuple[float, float, float, float]
+
+PERSON = 0
+"""Its number among the 80 classes of COCO."""
+
+FOUND = 0.05
+"""Least score of a person; of several the largest counts, so a low one does no harm."""
+
+SAME = 0.5
+"""Overlap (intersection over union) from which two boxes are one person's."""
+
+STOUT = 0.4
+"""The largest box must be this long, measured against the longest: a large crowd of nothing is no person."""
+
+SMALLEST = 10
+"""Pixels; in a smaller box no pose is looked for, but in the whole frame."""
+
+MARGIN = 1.25
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BLUR_WIDTH, BLUR_SIGMA = 11, 2.0
+
+
+class PoseReader:
+    """Poses of the largest person in each frame.
+
+    detector  ONNX file: RGB [1, 3, 640, 640] in [0, 1] -> boxes [1, N, 6]: x0, y0, x1, y1 in its pixels, score, class.
+    points    ONNX file, or a folder with end2end.onnx: RGB [1, 3, 256, 192] -> heatmaps [1, 133, 64, 48].
+    device    cuda is used where onnxruntime was built for it; `runs_on` tells.
+
+    Raises MachineError without onnxruntime, CheckpointError for files that are something else.
+    """
+
+    def __init__(self, detector: Path, points: Path, device: str = "cpu") -> None:
+        self._detector = _session(detector, device)
+        self._points = _session(points, device)
+        self.runs_on = "cuda" if "CUDAExecutionProvider" in self._points.get_providers() else "cpu"
+        self._detector_size = _side(self._detector, detector, ("640", "640"))
+        self._points_size = _side(self._points, points, ("256", "192"))
+        self._files = {"detector": detector, "points": points}
+
+    def __call__(self, frame_HWC: Tensor) -> Pose | None:
+        """Return the pose in a uint8 RGB frame, None where no person is found."""
+        box = self.find(frame_HWC)
+        if box is None:
+            return None
+        height, width = frame_HWC.shape[:2]
+        return Pose.of(self.read(frame_HWC, box), (width, height), box)
+
+    def find(self, frame_HWC: Tensor) -> Box | None:
+        """Return the box of the largest person, in the frame's pixels."""
+        rows, columns = self._detector_size
+        height, width = frame_HWC.shape[:2]
+        picture = F.interpolate(_planes(frame_HWC), (rows, columns), mode="bilinear").round() / 255
+        found = np.asarray(_run(self._detector, picture))
+        if found.ndim != 3 or found.shape[-1] != 6:
+            raise self._wrong("detector", f"boxes [1, N, 6], not {list(found.shape)}")
+        boxes = found[0][(found[0, :, 4] > FOUND) & (found[0, :, 5] == PERSON)]
+        boxes = boxes[:, :5] * (width / columns, height / rows, width / columns, height / rows, 1)
+        return largest_person(boxes)
+
+    def read(self, frame_HWC: Tensor, box: Box) -> np.ndarray:
+        """Return the 133 points [133, 3] of the person in the box: x, y in the frame's pixels, score."""
+        height, width = frame_HWC.shape[:2]
+        if box[2] - box[0] < SMALLEST or box[3] - box[1] < SMALLEST:
+            box = (0, 0, width, height)
+        rows, columns = self._points_size
+        centre = np.array([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
+        tall = MARGIN * max((box[2] - box[0]) * rows / columns, box[3] - box[1])
+        extent = np.array([tall * columns / rows, tall])
+        picture = F.interpolate(_cut(frame_HWC, centre, extent), (rows, columns), mode="bilinear") / 255
+        picture = (picture - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+        heat = torch.from_numpy(np.asarray(_run(self._points, picture)))
+        if heat.ndim != 4 or heat.shape[1] != NUM_POINTS:
+            raise self._wrong("points", f"heatmaps [1, {NUM_POINTS}, h, w], not {list(heat.shape)}")
+        peaks, scores = heatmap_peaks(heat[0].float())
+        cells = np.array([heat.shape[3], heat.shape[2]])
+        places = peaks.numpy() * extent / cells + centre - extent / 2
+        return np.concatenate([places, scores.numpy()[:, None]], axis=1)
+
+    def _wrong(self, what: str, expected: str) -> CheckpointError:
+        file = self._files[what]
+        return CheckpointError(
+            f"{file} answers with something else than a {'person detector' if what == 'detector' else 'pose network'}: "
+            f"expected {expected}",
+            "take yolov10m.onnx to find people and vitpose_h_wholebody.onnx for their points",
+            path=str(file),
+        )
+
+
+def largest_person(boxes: np.ndarray) -> Box | None:
+    """Return the largest of boxes [N, 5] (x0, y0, x1, y1, score) without doubles of better ones; None of none."""
+    kept: list[np.ndarray] = []
+    for box in boxes[np.argsort(-boxes[:, 4])]:
+        if all(_overlap(box, other) <= SAME for other in kept):
+            kept.append(box)
+    if not kept:
+        return None
+    longest = max(max(box[2] - box[0], box[3] - box[1]) for box in kept)
+    stout = [box for box in kept if max(box[2] - box[0], box[3] - box[1]) >= STOUT * longest]
+    x0, y0, x1, y1, _ = max(stout, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
+    return float(x0), float(y0), float(x1), float(y1)
+
+
+def _overlap(one: np.ndarray, other: np.ndarray) -> float:
+    sides = np.minimum(one[2:4], other[2:4]) - np.maximum(one[:2], other[:2])
+    shared = float(np.prod(np.maximum(sides, 0)))
+    both = float(np.prod(one[2:4] - one[:2]) + np.prod(other[2:4] - other[:2]))
+    return shared / (both - shared) if both > shared else 0.0
+
+
+def heatmap_peaks(heat_KHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Return peaks [K, 2] as x, y in cells, between cells where the heat around them says so, and their heights [K].
+
+    A peak is moved by one Newton step on the logarithm of the heatmap, blurred by a Gaussian of two cells.
+    Source: Zhang et al., Distribution-Aware Coordinate Representation for Human Pose Estimation, CVPR 2020.
+    """
+    count, height, width = heat_KHW.shape
+    scores, places = heat_KHW.flatten(1).max(1)
+    x, y = places % width, places // width
+    log = _blurred(heat_KHW).clamp_min(1e-10).log()
+    inside = (x > 1) & (x < width - 2) & (y > 1) & (y < height - 2)
+    k, x0, y0 = torch.arange(count), x.clamp(2, max(width - 3, 2)), y.clamp(2, max(height - 3, 2))
+
+    def at(dx: int, dy: int) -> Tensor:
+        return log[k, y0 + dy, x0 + dx]
+
+    slope = torch.stack([at(1, 0) - at(-1, 0), at(0, 1) - at(0, -1)], 1) / 2
+    xx, yy = (at(2, 0) - 2 * at(0, 0) + at(-2, 0)) / 4, (at(0, 2) - 2 * at(0, 0) + at(0, -2)) / 4
+    xy = (at(1, 1) - at(1, -1) - at(-1, 1) + at(-1, -1)) / 4
+    determinant = xx * yy - xy**2
+    inside &= determinant != 0
+    safe = torch.where(inside, determinant, torch.ones_like(determinant))
+    step = torch.stack([yy * slope[:, 0] - xy * slope[:, 1], xx * slope[:, 1] - xy * slope[:, 0]], 1) / safe[:, None]
+    return torch.stack([x, y], 1) - torch.where(inside[:, None], step, torch.zeros_like(step)), scores
+
+
+def _blurred(heat_KHW: Tensor) -> Tensor:
+    """Blurred, each map brought back to the height it had."""
+    weights = torch.exp(-0.5 * ((torch.arange(BLUR_WIDTH) - BLUR_WIDTH // 2) / BLUR_SIGMA) ** 2)
+    weights = (weights / weights.sum()).view(1, 1, 1, -1)
+    maps = heat_KHW[:, None]
+    maps = F.conv2d(F.conv2d(maps, weights, padding=(0, BLUR_WIDTH // 2)), weights.mT, padding=(BLUR_WIDTH // 2, 0))[
+        :, 0
+    ]
+    return maps * (heat_KHW.amax((1, 2)) / maps.amax((1, 2)).clamp_min(1e-10))[:, None, None]
+
+
+# --- pictures and networks -----------------------------------------------------------------------
+
+
+def _planes(frame_HWC: Tensor) -> Tensor:
+    return frame_HWC.permute(2, 0, 1)[None].float()
+
+
+def _cut(frame_HWC: Tensor, centre: np.ndarray, extent: np.ndarray) -> Tensor:
+    """Return the rectangle [1, 3, h, w] of a frame, black outside of it."""
+    left, top = (round(float(edge)) for edge in centre - extent / 2)
+    right, bottom = (round(float(edge)) for edge in centre + extent / 2)
+    height, width = frame_HWC.shape[:2]
+    inner = _planes(frame_HWC[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)])
+    return F.pad(inner, (max(-left, 0), max(right - width, 0), max(-top, 0), max(bottom - height, 0)))
+
+
+def _session(path: Path, device: str) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MachineError(
+            "reading poses needs onnxruntime, which is not installed", "pip install 'kinema[pose]'"
+        ) from error
+    file = path / "end2end.onnx" if path.is_dir() else path
+    wanted = [*(["CUDAExecutionProvider"] if device.startswith("cuda") else []), "CPUExecutionProvider"]
+    providers = [provider for provider in wanted if provider in onnxruntime.get_available_providers()]
+    try:
+        return onnxruntime.InferenceSession(str(file), providers=providers)
+    except Exception as error:  # onnxruntime has a class for each fault, and no base of them
+        raise CheckpointError(
+            f"{file} cannot be read as an ONNX file: {error}", "download it again", path=str(file)
+        ) from error
+
+
+def _side(session: Any, path: Path, default: tuple[str, str]) -> tuple[int, int]:
+    """Rows and columns of the network's input picture; `default` where the file leaves them open."""
+    shape = session.get_inputs()[0].shape
+    if len(shape) != 4 or shape[1] == 1:
+        raise CheckpointError(
+            f"{path} takes no pictures [1, 3, h, w] but {shape}", "give an ONNX file of that kind", path=str(path)
+        )
+    rows, columns = (
+        side if isinstance(side, int) else int(usual) for side, usual in zip(shape[2:], default, strict=True)
+    )
+    return rows, columns
+
+
+def _run(session: Any, picture: Tensor) -> Any:
+    return session.run(None, {session.get_inputs()[0].name: picture.numpy()})[0]

@@ -1,0 +1,180 @@
+"""`kinema drive`, kinema.drive, `kinema control pose`: from a raw video to what Animate takes, in files that play."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import kinema
+from conftest import Cli
+from kinema.errors import RequestError
+from kinema.media.video import probe, read_video, write
+from kinema.pose.skeleton import draw
+from kinema.tensors import Media
+from onnx_files import body_points, person_detector
+
+FRAMES, EMPTY = 8, (2, 3)
+NETWORKS = "Wan-AI/Wan2.2-Animate-14B/process_checkpoint"
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with the two networks where the official repository has them."""
+    root = tmp_path_factory.mktemp("models")
+    person_detector(root / NETWORKS / "det/yolov10m.onnx", [(160, 80, 480, 600, 0.9, 0)])
+    body_points(root / NETWORKS / "pose2d/vitpose_h_wholebody.onnx/end2end.onnx")
+    return root
+
+
+def glow(width: int, height: int, x: float, y: float) -> np.ndarray:
+    rows, columns = np.mgrid[:height, :width]
+    return (
+        (255 * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 300)).round().astype(np.uint8)[..., None].repeat(3, 2)
+    )
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """A light that moves through the dark, and is out in two frames: the networks see a person where it is."""
+    frames = np.stack([glow(96, 64, 30 + 4 * n, 32) * (n not in EMPTY) for n in range(FRAMES)])
+    path = tmp_path / "clip.mp4"
+    write(Media(iter([torch.from_numpy(frames)]), FRAMES, 96, 64, 30, {}), path, "mp4", 100)
+    return path
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    path = tmp_path / "me.png"
+    Image.fromarray(glow(50, 80, 25, 40)).save(path)
+    return path
+
+
+def frames(path: Path) -> Tensor:
+    return torch.stack(list(read_video(path)))
+
+
+def test_animation(cli: Cli, clip: Path, reference: Path, networks: Path) -> None:
+    ran = cli(
+        "drive",
+        clip,
+        "--reference",
+        reference,
+        "--models-dir",
+        networks,
+        "--size",
+        "64x80",
+        "--save",
+        "driving",
+        "--json",
+    )
+    assert ran.code == 0, ran.err
+    result = ran.events[-1]
+    assert set(result) == {"event", "paths", "pose", "face"}
+    pose, face = probe(Path(result["pose"])), probe(Path(result["face"]))
+    assert (pose.width, pose.height, pose.frames, pose.fps) == (64, 80, FRAMES, 30), "about the reference's shape"
+    assert (face.width, face.height, face.frames) == (512, 512, FRAMES)
+    notes = [event["text"] for event in ran.events if event["event"] == "note"]
+    assert any("2 of 8 frames show no person, the first at 0.07 s" in text for text in notes)
+    assert any("limbs take the reference's lengths" in text for text in notes)
+    drawn = frames(Path(result["pose"])).float().amax((1, 2, 3))
+    assert all((drawn[n] < 20) == (n in EMPTY) for n in range(FRAMES)), drawn
+
+
+def test_replacement(cli: Cli, clip: Path, networks: Path) -> None:
+    ran = cli("drive", clip, "--replace", "--models-dir", networks, "--size", "96x64", "--save", "driving")
+    assert ran.code == 0, ran.err
+    words = shlex.split(ran.out.strip())
+    assert words[:4] == ["kinema", "generate", "--model", "wan2.2-animate-14b"]
+    assert {"--pose", "--face", "--mask", "--background"} < set(words)
+    made = {role: frames(Path("driving") / f"{role}.mp4") for role in ("pose", "face", "mask", "background")}
+    assert all(len(video) == FRAMES for video in made.values()) and made["mask"].shape == made["pose"].shape
+    height, width = made["mask"].shape[1:3]
+    on = made["mask"][0, :, :, 0] > 127
+    ys, xs = torch.nonzero(on, as_tuple=True)
+    box = (int(xs.min()) / width, int(ys.min()) / height, (int(xs.max()) + 1) / width, (int(ys.max()) + 1) / height)
+    grown_by = (9 / width, 9 / height)
+    assert box == pytest.approx(
+        (0.25 - grown_by[0], max(0.125 - grown_by[1], 0), 0.75 + grown_by[0], min(0.9375 + grown_by[1], 1)), abs=0.03
+    )
+    assert int(made["background"][0][on].max()) < 30, "the person is cut out"
+    assert not (made["mask"][EMPTY[0]] > 127).any()
+    assert "2 of 8 frames show no person" in ran.err and "the box around the person" in ran.err
+    assert "empty in 2 of 8 frames" in ran.err
+
+
+def test_a_given_mask_is_grown_and_made_of_blocks(cli: Cli, clip: Path, networks: Path, tmp_path: Path) -> None:
+    mask = np.zeros((FRAMES, 64, 96, 3), np.uint8)
+    mask[:, 30:34, 40:44] = 255
+    path = tmp_path / "mask.mp4"
+    write(Media(iter([torch.from_numpy(mask)]), FRAMES, 96, 64, 30, {}), path, "mp4", 100)
+    ran = cli("drive", clip, "--replace", "--mask", path, "--models-dir", networks, "--size", "96x64", "--save", "x")
+    assert ran.code == 0, ran.err
+    on = frames(Path("x/mask.mp4"))[EMPTY[0], :, :, 0] > 127
+    ys, xs = torch.nonzero(on, as_tuple=True)
+    assert abs(int(xs.max() - xs.min()) + 1 - (4 + 18)) <= 2 and abs(int(ys.max() - ys.min()) + 1 - (4 + 18)) <= 2
+    assert "the box around" not in ran.err
+    short = tmp_path / "short.mp4"
+    write(Media(iter([torch.from_numpy(mask[:3])]), 3, 96, 64, 30, {}), short, "mp4", 100)
+    ran = cli("drive", clip, "--replace", "--mask", short, "--models-dir", networks, "--size", "96x64", "--save", "y")
+    assert ran.code == 2 and "ends before the video does" in ran.err
+    assert not list(Path("y").iterdir()), "nothing is left half-written"
+
+
+def test_from_python(clip: Path, reference: Path, networks: Path, tmp_path: Path) -> None:
+    detector = networks / NETWORKS / "det/yolov10m.onnx"
+    points = networks / NETWORKS / "pose2d/vitpose_h_wholebody.onnx"
+    made = kinema.drive(
+        clip,
+        reference=reference,
+        retarget=False,
+        detector=detector,
+        points=points,
+        size="64x80",
+        save=tmp_path / "out",
+        fps=15,
+    )
+    assert list(made) == ["pose", "face"] and probe(made["pose"]).fps == 15
+    assert probe(made["pose"]).frames == FRAMES / 2
+    with pytest.raises(RequestError, match="exists already"):
+        kinema.drive(clip, reference=reference, detector=detector, points=points, save=tmp_path / "out")
+
+
+def test_a_pose_control_video(cli: Cli, clip: Path, networks: Path) -> None:
+    ran = cli("control", "pose", clip, "--models-dir", networks, "--save", "skeleton.mp4")
+    assert ran.code == 0, ran.err
+    video = frames(Path("skeleton.mp4"))
+    assert video.shape == (FRAMES, 64, 96, 3) and not (video[EMPTY[0]] > 20).any()
+    assert (video[0] > 100).any() and draw(None, 96, 64).shape == video[0].shape
+
+
+def test_what_cannot_mean_anything(cli: Cli, clip: Path, reference: Path, networks: Path) -> None:
+    ran = cli("drive", clip, "--models-dir", networks)
+    assert ran.code == 2 and "no reference image" in ran.err
+    ran = cli("drive", clip, "--models-dir", networks, "--reference", reference, "--mask", clip)
+    assert ran.code == 2 and "belongs to replacement" in ran.err
+
+
+def test_a_video_of_nobody(cli: Cli, networks: Path, tmp_path: Path) -> None:
+    dark = tmp_path / "dark.mp4"
+    write(Media(iter([torch.zeros(4, 64, 64, 3, dtype=torch.uint8)]), 4, 64, 64, 30, {}), dark, "mp4", 100)
+    ran = cli("drive", dark, "--replace", "--models-dir", networks)
+    assert ran.code == 2 and "no person was found in any of the 4 frames" in ran.err
+
+
+def test_a_reference_of_nobody(cli: Cli, clip: Path, networks: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "black.png")
+    words = ["drive", clip, "--reference", tmp_path / "black.png", "--models-dir", networks, "--size", "64x64"]
+    ran = cli(*words)
+    assert ran.code == 2 and "no person was found in the reference" in ran.err and "--no-retarget" in ran.err
+    assert cli(*words, "--no-retarget").code == 0
+
+
+def test_without_the_networks(cli: Cli, clip: Path, reference: Path, tmp_path: Path) -> None:
+    ran = cli("drive", clip, "--reference", reference, "--models-dir", tmp_path)
+    assert ran.code == 3 and "yolov10m.onnx" in ran.err and "--detector FILE" in ran.err
