@@ -552,11 +552,16 @@ class Plan(Frozen):
 
 
 class Progress(Frozen):
-    """A stage has done `done` of `total` units; `eta_seconds` for this stage, None before the first unit."""
+    """A stage has done `done` of `total` units; `eta_seconds` for this stage, None before the first unit.
+
+    rate   units a second, where it is measured.
+    """
 
     stage: str
     done: int
     total: int
+    unit: Literal["", "bytes"] = ""
+    rate: float | None = None
     eta_seconds: float | None = None
     seed: int | None = None
 
