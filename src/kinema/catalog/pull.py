@@ -20,7 +20,7 @@ import httpx2
 
 from kinema.catalog.files import CatalogFile
 from kinema.catalog.hub import HubClient, HubName, Remote, Source
-from kinema.catalog.transfer import BUFFER, Transfer, WrongHash, record_of
+from kinema.catalog.transfer import Transfer, WrongHash, record_of
 from kinema.errors import Cancelled, CatalogError, KinemaError, MachineError
 from kinema.schema import Event, Hub, Note, Progress
 
