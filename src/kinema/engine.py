@@ -41,7 +41,9 @@ from kinema.sampling.denoiser import Branch, noise, sample
 from kinema.schema import (
     Event,
     Facts,
+    LoraPlan,
     ModelRef,
+    Note,
     OutputKind,
     Plan,
     Preview,
@@ -303,6 +305,7 @@ class Engine:
     ) -> Iterator[Event]:
         """Decode and write the outputs of one seed; its latents are on disk before, and stay there on failure."""
         plan = self._with_origins(plan)
+        yield from _lora_notes(plan)
         paths = dict(zip(plan.output.kinds, plan.output.paths[0], strict=True))
         asked = paths.pop("latents", None)
         safe = kept or _keep(ops.latents_bytes(latents_CFhw, plan), asked or _beside(plan, ".latents.safetensors"))
@@ -360,6 +363,7 @@ class Engine:
             # Hashes are waited for when the first frames are there, not before.
             opening = yield from _events_before(frames)
             plan = self._with_origins(plan)
+            yield from _lora_notes(plan)
             yield from self._write(plan, seed, chain(opening, frames), paths, cancelled)
             if asked is not None:
                 write_whole(asked, ops.latents_bytes(torch.cat(kept.latents, dim=1), plan))
@@ -403,8 +407,16 @@ class Engine:
         return plan.model_copy(update={"seeds": (plan.seeds[index],), "output": output})
 
     def _with_origins(self, plan: Plan) -> Plan:
-        """The plan with the hashes of its files and the versions that run it."""
-        return plan.model_copy(update={"hashes": self._hashes.collect(plan.files), "versions": versions()})
+        """The plan with the hashes of its files, the versions that run it, and how much each LoRA changed weights."""
+        hashes = self._hashes.collect(plan.files)
+        return plan.model_copy(update={"hashes": hashes, "versions": versions(), "loras": self._changed(plan)})
+
+    def _changed(self, plan: Plan) -> tuple[LoraPlan, ...]:
+        sizes = {expert: list(self._models.changes(ref)) for expert, ref in plan.experts.items()}
+        return tuple(
+            lora.model_copy(update={"change": found.pop(0)}) if (found := sizes[lora.expert]) else lora
+            for lora in plan.loras
+        )
 
     def _output_as_asked(self, path: Path, plan: Plan, request: Request) -> Plan:
         """The plan with its outputs beside `path`, latents or a folder of clips, or where `request` says."""
@@ -422,6 +434,10 @@ class Engine:
         if self.settings.cache is not None:
             file = self.settings.cache / "calibration.json"
             record_calibration(file, plan.device, work(plan), stages.mean_seconds())
+
+
+def _lora_notes(plan: Plan) -> Iterator[Note]:
+    return (Note(about="lora", text=lora.said) for lora in plan.loras)
 
 
 def versions() -> dict[str, str]:

@@ -24,6 +24,7 @@ from kinema.sampling.denoiser import Branch
 from kinema.schema import Expert, ImagePlan, Plan, PlanStep
 from kinema.tensors import Conditions
 from kinema.weights.files import open_tensors
+from kinema.weights.lora.attach import set_strengths
 
 PLAN_KEY = "kinema"
 """Metadata key under which an output file carries its plan."""
@@ -112,31 +113,33 @@ class Velocity:
         together: bool = False,
     ) -> None:
         self._load, self._conditions, self._device, self._together = load, conditions, device, together
-        self._contexts: dict[tuple[Expert, Branch], Context] = {}
-        self._current: tuple[Expert, WanDiT] | None = None
+        self._contexts: dict[Branch, Context] = {}
+        self._current: tuple[Expert, tuple[float, ...], WanDiT] | None = None
         self.last: LastCall | None = None
 
     def __call__(self, step: PlanStep, branches: Sequence[Branch], x_BCFhw: Tensor) -> list[Tensor]:
-        model = self._model(step.expert)
-        contexts = tuple(self._context(model, step.expert, branch) for branch in branches)
+        model = self._model(step)
+        contexts = tuple(self._context(model, branch) for branch in branches)
         self.last = LastCall(model, x_BCFhw, step.timestep, contexts)
         timesteps = torch.full((x_BCFhw.shape[0],), step.timestep, device=self._device)
         if self._together:
             return list(model(x_BCFhw, timesteps, *contexts).chunk(len(contexts)))
         return [model(x_BCFhw, timesteps, context) for context in contexts]
 
-    def _context(self, model: WanDiT, expert: Expert, branch: Branch) -> Context:
-        key = (expert, branch)
-        if key not in self._contexts:
-            self._contexts[key] = model.prepare(self._conditions[branch].to(self._device))
-        return self._contexts[key]
+    def _context(self, model: WanDiT, branch: Branch) -> Context:
+        if branch not in self._contexts:
+            self._contexts[branch] = model.prepare(self._conditions[branch].to(self._device))
+        return self._contexts[branch]
 
-    def _model(self, expert: Expert) -> WanDiT:
-        if self._current is None or self._current[0] != expert:
-            # The other expert's contexts are of no more use: the run crosses the boundary once.
-            self._contexts = {key: value for key, value in self._contexts.items() if key[0] == expert}
-            self._current = (expert, self._load(expert))
-        return self._current[1]
+    def _model(self, step: PlanStep) -> WanDiT:
+        """The step's model with its LoRAs as strong as the step has them; what was prepared by another is dropped."""
+        if self._current is None or self._current[:2] != (step.expert, step.loras):
+            # A run crosses the boundary once, and changes strengths seldom: what is dropped is not asked for again.
+            self._contexts = {}
+            model = self._load(step.expert)
+            set_strengths(model, step.loras)
+            self._current = (step.expert, step.loras, model)
+        return self._current[2]
 
 
 # --- decode and keep -----------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
+from kinema.lora import LoraFacts, LoraRef, parse_loras
+
 Expert = Literal["model", "high", "low"]
 Solver = Literal["unipc", "dpmpp", "euler"]
 Precision = Literal["fast", "reference"]
@@ -88,6 +90,17 @@ class Request(Frozen):
     clip_vision: Path | None = _field("model", "CLIP vision file or folder.")
     audio_encoder: Path | None = _field("model", "wav2vec2 file or folder, of speech-driven models.")
     tokenizer: Path | None = _field("model", "Folder or file of the umT5 tokenizer (spiece.model or tokenizer.json).")
+
+    lora: Annotated[tuple[LoraRef, ...], BeforeValidator(parse_loras)] = _field(
+        "model", "LoRA, as FILE:0.8@high,steps=1-3,only=PATTERN: all but FILE may be left out. Once for each LoRA.", ()
+    )
+    lora_mode: Literal["branch", "fuse"] | None = _field(
+        "model", "branch (default): beside the weights, swapped without loading them again; fuse: into them."
+    )
+    preset: str | None = _field(
+        "model",
+        "Steps, shift, guidance and boundary of a distilled LoRA; none takes the model's. Default: by its name.",
+    )
 
     first: Path | None = _field("media", "Image that frame 0 shows.")
     last: Path | None = _field("media", "Image that the last frame shows.")
@@ -181,6 +194,35 @@ class Settings(Frozen):
 # --- what was found out before the plan --------------------------------------------------------
 
 
+class CatalogLora(Frozen):
+    """One published LoRA (of a two-expert model: the pair), and, where it is distilled, how it wants to be sampled.
+
+    files    glob patterns over a file's name or its folder/name, in any case.
+    used_by  models of the catalog it is known to serve, its own first; no pair of these is refused.
+    one_expert  which of a pair serves the models of `used_by` that have one expert.
+    sigmas   of each step, where they follow no shift.
+    steps, shift, guidance, solver, boundary  None leaves the model's own; without steps it is no preset.
+    """
+
+    name: str
+    title: str
+    files: tuple[str, ...]
+    used_by: tuple[str, ...]
+    one_expert: Literal["high", "low"] | None = None
+    steps: int | None = None
+    sigmas: tuple[float, ...] = ()
+    shift: float | None = None
+    guidance: float | None = None
+    solver: Solver | None = None
+    boundary: float | None = None
+    source: str = ""
+    licence: str = ""
+
+    @property
+    def is_preset(self) -> bool:
+        return self.steps is not None
+
+
 class FileFacts(Frozen):
     """What one checkpoint says of itself, from its header alone.
 
@@ -261,6 +303,7 @@ class Facts(Frozen):
     """Everything a plan depends on besides the request and the catalog.
 
     files     by role: dit, dit_high, vae, text_encoder, clip_vision.
+    loras     in the order of `Request.lora`; known_loras: the published ones, by name.
     media     by Request field, in order where a field takes several.
     notes     what was decided while looking: which of several installed files is used.
     cut       tokens of prompt and negative, by field, beyond what the model reads.
@@ -268,6 +311,8 @@ class Facts(Frozen):
     """
 
     files: dict[str, FileFacts] = {}
+    loras: tuple[LoraFacts, ...] = ()
+    known_loras: dict[str, CatalogLora] = {}
     tokenizer: Path | None = None
     media: dict[str, tuple[MediaFacts, ...]] = {}
     machine: Machine = Machine()
@@ -359,6 +404,8 @@ class ModelRef(Frozen):
     fp8_matmul: bool = False
     attention: str = "sdpa"
     tokenizer: Path | None = None
+    loras: tuple[LoraRef, ...] = ()
+    lora_mode: Literal["branch", "fuse"] = "branch"
 
     @property
     def weight_bytes(self) -> int:
@@ -378,12 +425,54 @@ class Note(Frozen):
 
 
 class PlanStep(Frozen):
-    """One denoising step. `timestep` is what the DiT sees, `sigma` what the update uses."""
+    """One denoising step. `timestep` is what the DiT sees, `sigma` what the update uses.
+
+    loras  strength of each of the expert's LoRAs, in the order of its ModelRef.
+    """
 
     sigma: float
     timestep: float
     expert: Expert
     guidance: float
+    loras: tuple[float, ...] = ()
+
+
+class LoraPlan(Frozen):
+    """One LoRA on one expert: the report of what it changes.
+
+    matched, total  changes that have a place in the model, of all the file makes.
+    left_out        what has none, in words, and why that is no fault; chosen: how many the layer patterns leave.
+    change          size of the change at full strength: its norm over that of the weights it changes; from the run.
+    """
+
+    path: Path
+    expert: Expert
+    strength: float
+    dialect: str
+    algorithms: dict[str, int]
+    ranks: tuple[int, ...] = ()
+    matched: int
+    total: int
+    chosen: int
+    left_out: tuple[str, ...] = ()
+    known: str | None = None
+    bytes: int = 0
+    change: float | None = None
+
+    @property
+    def said(self) -> str:
+        """The report in one line."""
+        kinds = ", ".join(f"{count} {name}" for name, count in self.algorithms.items())
+        parts = [
+            self.path.name + ("" if self.expert == "model" else f" on the {self.expert}-noise expert"),
+            f": {self.matched} of {self.total} parts matched ({self.dialect} names, {kinds}",
+            f", rank {'-'.join(map(str, sorted({self.ranks[0], self.ranks[-1]})))})" if self.ranks else ")",
+            "" if self.chosen == self.matched else f", {self.chosen} of them chosen",
+            f", strength {self.strength:g}",
+        ]
+        if self.change is not None:
+            parts.append(f"; at strength 1 it changes those weights by {self.change:.2%} of their norm")
+        return "".join(parts)
 
 
 class StageCost(Frozen):
@@ -493,6 +582,8 @@ class Plan(Frozen):
     text_encoder: ModelRef
     clip_vision: ModelRef | None = None
     audio_encoder: ModelRef | None = None
+    loras: tuple[LoraPlan, ...] = ()
+    preset: str | None = None
     prompt: str
     negative: str
     text_len: int
@@ -541,11 +632,12 @@ class Plan(Frozen):
         encoders = (self.text_encoder, self.clip_vision, self.audio_encoder)
         refs = [ref for ref in (*self.experts.values(), self.vae, *encoders) if ref]
         weights = [file for ref in refs for file in ref.files]
+        loras = [lora.path for ref in refs for lora in ref.loras]
         others = [self.text_encoder.tokenizer, *(image.path for image in self.images)]
         others += [self.camera.path] if self.camera else []
         others += [self.speech.audio, self.speech.pose] if self.speech else []
         others += [self.sound.path] if self.sound else []
-        return tuple(dict.fromkeys([*weights, *(file for file in others if file)]))
+        return tuple(dict.fromkeys([*weights, *loras, *(file for file in others if file)]))
 
 
 # --- what happens --------------------------------------------------------------------------------

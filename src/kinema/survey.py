@@ -15,7 +15,9 @@ from kinema.catalog.choice import Card
 from kinema.catalog.files import FileSet, Store, load_store
 from kinema.catalog.folders import Folders
 from kinema.catalog.installed import Chosen, Need, find_files, missing
+from kinema.catalog.loras import known_lora, load_loras
 from kinema.errors import CatalogError, RequestError
+from kinema.lora import LORA_SYNTAX, LoraFacts, LoraRef
 from kinema.media.camera import pose_facts
 from kinema.media.image import read_image
 from kinema.media.video import probe
@@ -27,6 +29,10 @@ from kinema.runtime.machine import probe_machine
 from kinema.schema import CatalogEntry, Facts, FileFacts, Machine, MediaFacts, Note, Request, Settings
 from kinema.weights.detect import find_tokenizer, inspect, resolve_folder
 from kinema.weights.load import load_tokenizer
+from kinema.weights.lora.attach import parameter_shapes
+from kinema.weights.lora.file import read_lora
+from kinema.weights.lora.match import lora_facts
+from kinema.weights.structure import build
 
 COMPONENTS: dict[str, str] = {
     "dit": "dit",
@@ -76,6 +82,8 @@ def survey(request: Request, settings: Settings) -> tuple[CatalogEntry, Facts]:
     tokenizer = _tokenizer(request, paths, files["text_encoder"], settings)
     facts = Facts(
         files=files,
+        loras=_loras(request, files, settings),
+        known_loras=load_loras(),
         tokenizer=tokenizer,
         media={field: tuple(_media(field, path) for path in _given(request, field)) for field in MEDIA_FIELDS},
         machine=machine,
@@ -164,6 +172,30 @@ def _inspect(role: str, path: Path) -> FileFacts:
             allowed=COMPONENTS[role],
         )
     return facts
+
+
+def _loras(request: Request, files: Mapping[str, FileFacts], settings: Settings) -> tuple[LoraFacts, ...]:
+    """What each LoRA of the request is, and how it fits the DiTs. Reads headers only."""
+    if not request.lora:
+        return ()
+    roles = {
+        role: parameter_shapes(build("dit", file.config)) for role, file in files.items() if role in ("dit", "dit_high")
+    }
+    table = load_loras()
+    found = [lora_facts(read_lora(_lora_path(ref, settings)), roles) for ref in request.lora]
+    return tuple(facts.model_copy(update={"known": known_lora(facts.files[0], table)}) for facts in found)
+
+
+def _lora_path(ref: LoraRef, settings: Settings) -> Path:
+    path = ref.path.expanduser()
+    found = path if path.exists() else Folders.of(settings).find("loras", str(ref.path))
+    if found is None:
+        raise CatalogError(
+            f"--lora {ref.path}: no such file, neither here nor in a loras folder of the models folders",
+            f"{_near(path)}\nwrite --lora {LORA_SYNTAX}",
+            name=str(ref.path),
+        )
+    return found
 
 
 def _identify(request: Request, files: Mapping[str, FileFacts], catalog: Mapping[str, CatalogEntry]) -> CatalogEntry:

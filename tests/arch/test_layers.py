@@ -16,7 +16,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src"
 
-NOUNS = ("kinema.errors", "kinema.schema", "kinema.version")
+NOUNS = ("kinema.errors", "kinema.lora", "kinema.schema", "kinema.version")
 TENSORS = (*NOUNS, "kinema.tensors")
 BELOW_WEIGHTS = (*TENSORS, "kinema.models")
 BELOW_OPS = (
@@ -32,8 +32,9 @@ BELOW_OPS = (
 LAYERS: dict[str, tuple[str, ...]] = {
     "kinema.version": (),
     "kinema.errors": (),
-    "kinema.schema": (),
-    "kinema.tensors": ("kinema.errors", "kinema.schema"),
+    "kinema.lora": (),
+    "kinema.schema": ("kinema.lora",),
+    "kinema.tensors": NOUNS,
     "kinema.models": TENSORS,
     "kinema.media": TENSORS,
     "kinema.sampling": TENSORS,
@@ -90,6 +91,7 @@ ONLY = {"transformers": ("kinema.models.encoders", "kinema.models.depth")}
 WITHOUT_TORCH = (
     "kinema.version",
     "kinema.errors",
+    "kinema.lora",
     "kinema.schema",
     "kinema.request",
     "kinema.settings",

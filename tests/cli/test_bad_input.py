@@ -32,7 +32,12 @@ DITS = {
     "wan2.2_i2v_high_noise_14B_fp16": "wan2.2_i2v_a14B",
     "wan2.2_ti2v_5B_fp16": "wan2.2_ti2v_5B",
 }
-LORA = {f"diffusion_model.blocks.{i}.self_attn.q.lora_{side}.weight": (16, 5120) for i in range(2) for side in "AB"}
+LORA = {f"diffusion_model.blocks.{i}.self_attn.q.lora_A.weight": (16, 5120) for i in range(2)}
+LORA_UP = {f"diffusion_model.blocks.{i}.self_attn.q.lora_B.weight": (5120, 16) for i in range(2)}
+FLUX_LORA = {
+    "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (16, 3072),
+    "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": (9216, 16),
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,11 @@ def _fill(media: Path, models: Path) -> None:
     (media / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
     (media / "notes.txt").write_text("not weights")
     write_sparse(media / "lora.safetensors", LORA)
+    write_sparse(media / "style.safetensors", {**LORA, **LORA_UP})
+    write_sparse(media / "style_high_noise.safetensors", {**LORA, **LORA_UP})
+    renamed = {name.replace("blocks.1.self_attn", "blocks.1.selfattn"): shape for name, shape in LORA.items()}
+    write_sparse(media / "renamed.safetensors", {**renamed, **LORA_UP})
+    write_sparse(media / "flux_lora.safetensors", FLUX_LORA)
     write_sparse(media / "flux.safetensors", manifest("flux1_dev"))
     write_sparse(media / "vace.safetensors", manifest("wan2.1_vace_1.3B"))
     short = {name: shape for name, shape in manifest("wan2.1_t2v_1.3B").items() if "blocks.7.norm3" not in name}
@@ -258,6 +268,42 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         CHECKPOINT,
         ("holes.safetensors", "blocks.7.norm3"),
     ),
+    "LoRA with a renamed key": (
+        f"cat {T14} --lora D/renamed.safetensors",
+        REQUEST,
+        ("renamed.safetensors", "1 of 3 parts", "blocks.1.self", "allow=unmatched"),
+    ),
+    "LoRA of another width": (f"cat {T2V} --lora D/style.safetensors", REQUEST, ("style.safetensors", "[1536, 1536]")),
+    "LoRA for FLUX": (f"cat {T14} --lora D/flux_lora.safetensors", REQUEST, ("flux_lora.safetensors", "FLUX", "Wan")),
+    "high-noise LoRA on the low expert": (
+        f"cat {TWO} --lora D/style_high_noise.safetensors@low",
+        REQUEST,
+        ("high-noise", "low-noise", "@high", "allow=expert"),
+    ),
+    "high-noise LoRA on one expert": (
+        f"cat {T14} --lora D/style_high_noise.safetensors",
+        REQUEST,
+        ("high-noise", "one expert", "allow=expert"),
+    ),
+    "LoRA that is not there": (f"cat {T14} --lora D/lost.safetensors:0.8", CATALOG, ("lost.safetensors", "STRENGTH")),
+    "LoRA with a strength of letters": (f"cat {T14} --lora D/style.safetensors:O.8", CATALOG, (":O.8", "STRENGTH")),
+    "LoRA that is a model": (f"cat {T14} --lora D/holes.safetensors", CHECKPOINT, ("holes.safetensors", "no LoRA")),
+    "LoRA that is cut": (f"cat {T14} --lora D/cut.safetensors", CHECKPOINT, ("cut.safetensors", "truncated")),
+    "LoRA steps backwards": (f"cat {T14} --lora D/style.safetensors,steps=3-1", REQUEST, ("3-1", "first step is 1")),
+    "LoRA steps beyond the last": (
+        f"cat {T14} --steps 4 --lora D/style.safetensors,steps=3-9",
+        REQUEST,
+        ("3-9", "there are 4", "steps=3-4"),
+    ),
+    "LoRA pattern of nothing": (f"cat {T14} --lora D/style.safetensors,only=head", REQUEST, ("only=head", "blocks.0")),
+    "LoRA fused at some steps": (
+        f"cat {T14} --lora-mode fuse --lora D/style.safetensors,steps=1-3",
+        REQUEST,
+        ("fused", "--lora-mode branch"),
+    ),
+    "LoRA mode unknown": (f"cat {T14} --lora-mode melt", REQUEST, ("'melt'", "branch", "fuse")),
+    "preset unknown": (f"cat {T14} --preset turbo", REQUEST, ("'turbo'", "causvid", "none")),
+    "preset of another model": (f"cat {T14} --preset fastwan-ti2v-5b", REQUEST, ("fastwan-ti2v-5b", "wan2.2-ti2v-5b")),
     "LoRA as a model": (f"cat {T2V} --dit D/lora.safetensors", CHECKPOINT, ("lora.safetensors", "LoRA")),
     "FLUX as a Wan model": (f"cat {T2V} --dit D/flux.safetensors", REQUEST, ("flux.safetensors", "FLUX")),
     "the DiT of another variant": (f"cat {T2V} --dit D/vace.safetensors", CHECKPOINT, ("vace.safetensors", "VACE")),
@@ -306,7 +352,7 @@ def test_there_are_enough_cases():
 
 @pytest.fixture
 def installed(cli: Cli, world: World, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    def loaded(ref: object) -> None:
+    def loaded(ref: object, fused: object) -> None:
         raise AssertionError(f"a weight was loaded: {ref}")
 
     monkeypatch.setattr(kinema.residents, "load", loaded)

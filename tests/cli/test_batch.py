@@ -277,6 +277,7 @@ def test_every_other_field_is_content(name: str):
         "quantise_text_encoder": "int8",
         "fp8_matmul": True,
         "boundary": 0.5,
+        "lora_mode": "fuse",
     }
     changed = Request(
         **{name: values.get(name, "64" if name not in ("reference", "control_image", "control_mask") else "x")}

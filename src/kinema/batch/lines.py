@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kinema.errors import RequestError
-from kinema.request import make_request, nearest
+from kinema.request import REPEATED, make_request, nearest
 from kinema.schema import Request
 
 SHORT_NAMES = {
@@ -38,7 +38,6 @@ SHORT_NAMES = {
 """Short name -> Request field; width and height are the halves of size."""
 
 SIDES = ("width", "height")
-REPEATABLE = ("reference", "control_image", "control_mask")
 
 _OPTION = re.compile(r"--([A-Za-z][\w-]*)")
 _END = r"(?=\s+--[A-Za-z]|\s*$)"
@@ -84,7 +83,7 @@ def render_line(request: Request) -> str:
         option = "--" + name.replace("_", "-")
         if name == "prompt" or value is None or value == ():
             continue
-        if name in REPEATABLE:
+        if name in REPEATED:
             words += [f"{option} {_quote(str(item))}" for item in value]
         elif isinstance(value, tuple):
             words.append(f"{option} {','.join(map(str, value))}")
@@ -117,7 +116,7 @@ def _put(fields: dict[str, Any], name: str, option: str, value: str | None) -> N
     is_switch = name in Request.model_fields and Request.model_fields[name].annotation is bool
     if value is None and not is_switch:
         raise RequestError(f"{option} has no value", f"write {option} VALUE", field=name, got=option)
-    if name in REPEATABLE:
+    if name in REPEATED:
         fields[name] = (*fields.get(name, ()), value)
         return
     if name in fields:

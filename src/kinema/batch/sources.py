@@ -15,7 +15,7 @@ from typing import Any
 
 from kinema.batch.lines import parse_line
 from kinema.errors import KinemaError, RequestError
-from kinema.request import make_request, merge, nearest
+from kinema.request import REPEATED, make_request, merge, nearest
 from kinema.schema import Request
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -182,7 +182,7 @@ def _csv_fields(header: list[str], cells: list[str]) -> dict[str, Any] | KinemaE
             allowed=len(header),
         )
     fields: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if cell.strip()}
-    for name in ("reference", "control_image", "control_mask"):
+    for name in REPEATED:
         if name in fields:
             fields[name] = tuple(part.strip() for part in fields[name].split(LIST_SEPARATOR))
     return fields

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from kinema.request import REPEATED
 from kinema.schema import Request
 from kinema.settings import PLACES, Configuration
 
@@ -27,7 +28,6 @@ GROUPS = {
     "output": "Output",
 }
 ALIASES = {"first": ("--image",), "save": ("-o",)}
-REPEATED = ("reference", "control_image", "control_mask")
 
 ELSEWHERE = {
     "width": "--size WIDTHxHEIGHT",

@@ -51,6 +51,8 @@ def _facts(plan: Plan) -> Table:
         "seeds": ", ".join(map(str, plan.seeds)),
         "sampling": f"{plan.solver}, {len(plan.steps)} steps, shift {plan.shift:g}"
         + (f", boundary {plan.boundary:g}" if plan.boundary is not None else ""),
+        "loras": "\n".join(lora.said for lora in plan.loras),
+        "preset": plan.preset or "",
         "runs on": f"{plan.device}, {plan.precision}",
         "output": ", ".join(str(path) for paths in plan.output.paths for path in paths),
     }

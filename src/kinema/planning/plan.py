@@ -15,13 +15,15 @@ from kinema.planning.camera import plan_camera
 from kinema.planning.checks import check_components, check_media
 from kinema.planning.cost import estimate
 from kinema.planning.geometry import LATENT_CHANNELS, PATCH, SPATIAL_STRIDE, latent_frames
+from kinema.planning.lora import plan_loras, step_strengths, with_loras, with_preset
 from kinema.planning.outputs import plan_output
 from kinema.planning.quantisation import multiplied, quantised
 from kinema.planning.shape import plan_images, plan_length, plan_size, plan_tile
-from kinema.sampling.schedule import expert_of, schedule
+from kinema.sampling.schedule import TRAIN_TIMESTEPS, Schedule, expert_of, schedule
 from kinema.schema import (
     AREAS,
     CatalogEntry,
+    CatalogLora,
     Expert,
     Facts,
     FileFacts,
@@ -52,9 +54,12 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     stride = SPATIAL_STRIDE[entry.vae]
     latent = (LATENT_CHANNELS[entry.vae], latent_frames(frames), height // stride, width // stride)
     precision: Precision = request.precision or "fast"
+    loras = plan_loras(request, entry, facts, notes)
+    entry = with_preset(entry, loras.preset)
     shift = _shift(request, entry, width * height)
     boundary = _boundary(request, entry)
-    steps = _steps(request, entry, shift, boundary, notes)
+    steps = _steps(request, entry, shift, boundary, notes, loras.preset)
+    steps = step_strengths(steps, loras, request, notes)
     prompt, negative = _texts(request, entry, steps, notes)
     for field, count in facts.cut.items():
         notes.append(
@@ -68,10 +73,12 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         title=entry.title,
         licence=entry.licence,
         task=task,
-        experts=_experts(request, entry, facts, precision, notes),
+        experts=with_loras(_experts(request, entry, facts, precision, notes), loras, request),
         vae=_ref(facts.files["vae"], facts.machine, "float32"),
         text_encoder=_text_encoder(request, facts, precision, notes),
         clip_vision=_clip(entry, facts, precision),
+        loras=loras.reports,
+        preset=loras.preset.name if loras.preset else None,
         prompt=prompt,
         negative=negative,
         text_len=entry.text_len,
@@ -126,10 +133,17 @@ def _boundary(request: Request, entry: CatalogEntry) -> float | None:
 
 
 def _steps(
-    request: Request, entry: CatalogEntry, shift: float, boundary: float | None, notes: list[Note]
+    request: Request,
+    entry: CatalogEntry,
+    shift: float,
+    boundary: float | None,
+    notes: list[Note],
+    preset: CatalogLora | None = None,
 ) -> tuple[PlanStep, ...]:
     guidance = _guidance(request, entry, notes)
     grid = schedule(request.solver or entry.solver, request.steps or entry.steps, shift)
+    if preset and preset.sigmas and request.steps in (None, preset.steps) and request.shift is None:
+        grid = Schedule((*preset.sigmas, 0.0), tuple(sigma * TRAIN_TIMESTEPS for sigma in preset.sigmas))
     steps = []
     for sigma, timestep in zip(grid.sigmas, grid.timesteps, strict=False):
         expert: Expert = "model" if boundary is None else expert_of(timestep, boundary)

@@ -16,6 +16,7 @@ from kinema.models.wan import constant
 from kinema.schema import Component, ModelRef
 from kinema.weights.files import TensorFile, open_tensors
 from kinema.weights.keys import Translation, translate
+from kinema.weights.lora.fuse import Fusion, fusion_of
 from kinema.weights.quantised.layers import packable, swap
 from kinema.weights.quantised.packed import ON_LOAD, Packed, quantise
 from kinema.weights.quantised.schemes import describe, open_weights
@@ -28,11 +29,13 @@ FLOAT32_KEYS: dict[Component, Callable[[str], bool]] = {
 """Which official names stay float32 whatever the dtype asked for."""
 
 
-def load(ref: ModelRef) -> nn.Module:
+def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
     """Return the module of a recipe, in eval mode and without gradients, on `ref.device`.
 
     On the CPU, tensors already of the right dtype stay mapped: they cost no memory of their own until they are used,
     and then only page cache. Others are converted one by one, so that there is never a second copy of the model.
+    LoRAs to be fused are added in float32 before that, on the way; `fused`, made by `fusion_of`, knows afterwards by
+    how much they changed the weights.
     Raises CheckpointError for missing, left-over or misshapen tensors.
     """
     file = open_weights(ref.files)
@@ -43,13 +46,15 @@ def load(ref: ModelRef) -> nn.Module:
     shapes = Shapes(file, translation)
     module = build(ref.component, ref.config)
     check(shapes, module)
+    fused = fused or fusion_of(ref)
     names = list(module.state_dict())
     dtype, keeps = getattr(torch, ref.dtype), FLOAT32_KEYS.get(ref.component, lambda _: False)
-    for name, packed in _packed_weights(ref, file, translation, module):
+    for name, packed in _packed_weights(ref, file, translation, module, fused):
         swap(module, name, packed.to(ref.device), dtype, fp8_matmul=ref.fp8_matmul)
         names.remove(name)
     state = {
-        name: _placed(file, translation, name, torch.float32 if keeps(name) else dtype, ref.device) for name in names
+        name: _placed(file, translation, name, torch.float32 if keeps(name) else dtype, ref.device, fused)
+        for name in names
     }
     module.load_state_dict(state, strict=True, assign=True)
     unfilled = [name for name, tensor in chain(module.named_parameters(), module.named_buffers()) if tensor.is_meta]
@@ -58,7 +63,7 @@ def load(ref: ModelRef) -> nn.Module:
 
 
 def _packed_weights(
-    ref: ModelRef, file: TensorFile, translation: Translation, module: nn.Module
+    ref: ModelRef, file: TensorFile, translation: Translation, module: nn.Module, fused: Fusion
 ) -> Iterator[tuple[str, Packed]]:
     """Yield the weights that are held packed: as the file has them, or rounded now where the recipe says so."""
     stored = describe(file, translation.names)
@@ -74,7 +79,7 @@ def _packed_weights(
         if stored and (packed := translation.packed(file, name)) is not None:
             yield name, packed
         elif not stored and ref.quantisation and isinstance(leaf, nn.Linear):
-            yield name, _rounded(translation.read(file, name).to(ref.device), ref, name)
+            yield name, _rounded(fused(name, translation.read(file, name).to(ref.device)), ref, name)
 
 
 def _rounded(weight: Tensor, ref: ModelRef, name: str) -> Packed:
@@ -96,11 +101,13 @@ def load_tokenizer(encoder: Sequence[Path], tokenizer: Path | None) -> Tokenizer
     return Tokenizer.from_bytes(open_tensors(encoder).get("spiece_model").numpy().tobytes())
 
 
-def _placed(file: TensorFile, translation: Translation, name: str, dtype: torch.dtype, device: str) -> Tensor:
+def _placed(
+    file: TensorFile, translation: Translation, name: str, dtype: torch.dtype, device: str, fused: Fusion
+) -> Tensor:
     """One tensor where it is wanted. Moved before it is unpacked or converted, so that the faster device does it."""
     if (packed := translation.packed(file, name)) is not None:
         return packed.to(device).dequantised(dtype)
-    tensor = _value(file, translation, name).to(device)
+    tensor = fused(name, _value(file, translation, name).to(device))
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 

@@ -1,0 +1,171 @@
+"""The algorithms: what one change adds to a layer's answer, and to its weight. One class each, tensors as buffers.
+
+A branch at strength 1 turns the weight W (as a matrix [out, in]) into W + change(W), and the answer W x into
+W x + branch(x). Knows nothing of names, files, models or strengths.
+Source of the formulas: arXiv:2106.09685 (LoRA), arXiv:2108.06098 (LoHa), KohakuBlueleaf/LyCORIS docs (LoKr),
+arXiv:2402.09353 (DoRA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LinearMap = Callable[[Tensor], Tensor]
+"""x [..., in] -> W x [..., out] of the layer underneath, without its bias."""
+
+
+class Branch(nn.Module):
+    """One change of one weight matrix. Subclasses have `delta`, and override what can be had without it."""
+
+    scale: float
+
+    def delta(self) -> Tensor:
+        """Return the matrix added to the weight, float32 [out, in]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, linear: LinearMap) -> Tensor:
+        """Return what is added to the layer's answer, in the branch's own dtype."""
+        delta = self.delta()
+        return F.linear(x.to(self.dtype), delta.to(self.dtype))
+
+    def change(self, weight: Tensor) -> Tensor:
+        """Return how the matrix `weight`, float32 [out, in], changes at strength 1."""
+        return self.delta()
+
+    def norm(self, weight: Tensor) -> float:
+        """Return the Frobenius norm of `change(weight)`."""
+        return float(self.change(weight).norm())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.buffers()).dtype
+
+    def _hold(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+
+class LowRank(Branch):
+    """scale * up @ down.
+
+    down [rank, in], up [out, rank].
+    """
+
+    down: Tensor
+    up: Tensor
+
+    def __init__(self, down: Tensor, up: Tensor, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self._hold(down=down, up=up)
+
+    def delta(self) -> Tensor:
+        return self.scale * (self.up.float() @ self.down.float())
+
+    def forward(self, x: Tensor, linear: LinearMap) -> Tensor:
+        return F.linear(F.linear(x.to(self.dtype), self.down) * self.scale, self.up)
+
+    def norm(self, weight: Tensor) -> float:
+        # |up down|^2 is the sum over the products of two rank x rank matrices: nothing of the weight's size is made.
+        up, down = self.up.double(), self.down.double()
+        return abs(self.scale) * float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
+
+
+class Hadamard(Branch):
+    """LoHa: scale * (w1_a @ w1_b) * (w2_a @ w2_b), the outer product element by element.
+
+    w1_a, w2_a [out, rank], w1_b, w2_b [rank, in]. The matrix is made anew at every use: it would fill memory.
+    """
+
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+
+    def __init__(self, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self._hold(w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=w2_b)
+
+    def delta(self) -> Tensor:
+        first = self.w1_a.float() @ self.w1_b.float()
+        return first.mul_(self.w2_a.float() @ self.w2_b.float()).mul_(self.scale)
+
+
+class Kronecker(Branch):
+    """LoKr: scale * kron(w1, w2). Element [a p + b, c q + d] is w1[a, c] * w2[b, d]; w2 is [p, q]."""
+
+    w1: Tensor
+    w2: Tensor
+
+    def __init__(self, w1: Tensor, w2: Tensor, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self._hold(w1=w1, w2=w2)
+
+    def delta(self) -> Tensor:
+        return self.scale * torch.kron(self.w1.float().contiguous(), self.w2.float().contiguous())
+
+    def forward(self, x: Tensor, linear: LinearMap) -> Tensor:
+        blocks = x.to(self.dtype).unflatten(-1, (self.w1.shape[1], self.w2.shape[1]))
+        inner = F.linear(blocks, self.w2).transpose(-1, -2)
+        return F.linear(inner, self.w1).transpose(-1, -2).flatten(-2) * self.scale
+
+    def norm(self, weight: Tensor) -> float:
+        return abs(self.scale) * float(self.w1.double().norm() * self.w2.double().norm())
+
+
+class Difference(Branch):
+    """A whole matrix (or vector, for biases and norms), added as it is."""
+
+    full: Tensor
+
+    def __init__(self, full: Tensor, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self._hold(full=full)
+
+    def delta(self) -> Tensor:
+        return self.scale * self.full.float()
+
+    def forward(self, x: Tensor, linear: LinearMap) -> Tensor:
+        return F.linear(x.to(self.dtype), self.full) * self.scale
+
+
+class Decomposed(Branch):
+    """DoRA: the changed weight brought to learned lengths, gain * (W + inner), gain = magnitude / |W + inner|.
+
+    magnitude [out, 1] gives the lengths of the rows, [1, in] those of the columns.
+    weight    of the layer, float32 [out, in]; only the gain made of it is kept.
+    """
+
+    gain: Tensor
+
+    def __init__(self, inner: Branch, magnitude: Tensor, weight: Tensor) -> None:
+        super().__init__()
+        self.inner = inner
+        self.scale = 1.0
+        self.by_row = magnitude.shape[1] == 1
+        length = (weight + inner.delta()).norm(dim=1 if self.by_row else 0, keepdim=True)
+        self._hold(gain=(magnitude.float() / length.clamp(min=torch.finfo(torch.float32).tiny)).to(weight.device))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inner.dtype
+
+    def change(self, weight: Tensor) -> Tensor:
+        return self.gain * (weight + self.inner.delta()) - weight
+
+    def delta(self) -> Tensor:
+        raise TypeError("the change that DoRA makes depends on the weight: ask `change`")
+
+    def forward(self, x: Tensor, linear: LinearMap) -> Tensor:
+        gain = self.gain.flatten()
+        if self.by_row:
+            return (gain - 1) * linear(x).float() + gain * self.inner.forward(x, linear).float()
+        x = x.float()
+        return linear(x * (gain - 1)).float() + self.inner.forward(x * gain, linear).float()

@@ -1,0 +1,285 @@
+"""A LoRA file read: which changes it makes to which official parameters, from its header alone; tensors on demand.
+
+Every tensor of the file ends in a change or in `leftover`, with the reason: none is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinema.errors import CheckpointError
+from kinema.weights.files import TensorFile, open_tensors
+from kinema.weights.lora.branches import Branch, Decomposed, Difference, Hadamard, Kronecker, LowRank
+from kinema.weights.lora.dialects import (
+    MLP_PART,
+    OTHER_PARTS,
+    Family,
+    Spelling,
+    dialect_name,
+    ending,
+    official,
+    spelling,
+)
+
+NEEDED = {
+    "lora": ({"down", "up"},),
+    "loha": ({"w1_a", "w1_b", "w2_a", "w2_b"},),
+    "lokr": ({"w1", "w2"}, {"w1_a", "w1_b", "w2"}, {"w1", "w2_a", "w2_b"}, {"w1_a", "w1_b", "w2_a", "w2_b"}),
+    "diff": ({"full"},),
+}
+"""The sets of tensors that make one change, by algorithm."""
+
+OUTWARD = {"up", "w1_a", "w2_a", "full"}
+"""Tensors whose rows are those of the weight."""
+
+EXTRA = {"alpha", "magnitude", "up_bias"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of one official parameter.
+
+    tensors  role -> name in the file.
+    shape    of the matrix that changes [out, in], or of the vector or tensor itself for a difference.
+    part     of a fused matrix of FLUX: see `dialects.MLP_PART`; fused: whether the target is such a matrix.
+    swap     the halves of its rows change places.
+    """
+
+    target: str
+    algorithm: str
+    tensors: Mapping[str, str]
+    shape: tuple[int, ...]
+    part: int = 0
+    fused: bool = False
+    swap: bool = False
+
+    def rows(self, height: int) -> tuple[int, int]:
+        """Return (first row, rows) of the parameter of `height` rows that change."""
+        if not self.fused:
+            return 0, height
+        start = height - self.shape[0] if self.part == MLP_PART else self.part * self.shape[0]
+        return start, self.shape[0]
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What a LoRA file changes. `leftover` maps names that mean nothing to the reason."""
+
+    file: TensorFile
+    dialect: str
+    spelling: Spelling
+    changes: tuple[Change, ...]
+    leftover: Mapping[str, str]
+    default_scale: Mapping[str, float]
+
+    @property
+    def family(self) -> Family:
+        return self.spelling.family
+
+    @property
+    def algorithms(self) -> dict[str, int]:
+        """How many changes of each kind there are, as people name them."""
+        found: dict[str, int] = {}
+        for change in self.changes:
+            name = "dora" if "magnitude" in change.tensors else change.algorithm
+            found[name] = found.get(name, 0) + 1
+        return found
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        found = {rank for change in self.changes if (rank := self.rank(change)) is not None}
+        return tuple(sorted(found))
+
+    def rank(self, change: Change) -> int | None:
+        """Return the rank of a change, None for one that has none (differences, whole Kronecker factors)."""
+        for role in ("down", "w1_b", "w2_b"):
+            if role in change.tensors:
+                return self.file.shape(change.tensors[role])[0]
+        return None
+
+    def scale(self, change: Change) -> float:
+        """Return alpha / rank; 1 without an alpha, unless PEFT's own record beside the matrices has one."""
+        rank = self.rank(change)
+        if change.algorithm == "diff" and "down" not in change.tensors:
+            return 1.0
+        if "alpha" in change.tensors and rank:
+            alpha = float(self.file.get(change.tensors["alpha"]).float().reshape(-1)[0])
+            if not math.isfinite(alpha):
+                raise self.error(f"{change.tensors['alpha']} is {alpha}", "The file is broken; take another.")
+            return alpha / rank
+        if rank and "lora_alpha" in self.default_scale:
+            root = bool(self.default_scale.get("use_rslora"))
+            return self.default_scale["lora_alpha"] / (math.sqrt(rank) if root else rank)
+        return 1.0
+
+    def branch(self, change: Change, weight: Tensor | None, dtype: torch.dtype, device: torch.device | str) -> Branch:
+        """Return the change as a module.
+
+        weight  of the layer, float32 [out, in]: only DoRA needs it.
+        """
+
+        def get(role: str) -> Tensor:
+            tensor = self.file.get(change.tensors[role]).to(device=device, dtype=dtype)
+            return torch.cat(tuple(reversed(tensor.chunk(2)))) if change.swap and role in OUTWARD else tensor
+
+        def factor(name: str) -> Tensor:
+            return get(name) if name in change.tensors else get(f"{name}_a") @ get(f"{name}_b")
+
+        scale = self.scale(change)
+        inner: Branch
+        if change.algorithm == "lora":
+            inner = LowRank(get("down").flatten(1), get("up").flatten(1), scale)
+        elif change.algorithm == "loha":
+            inner = Hadamard(get("w1_a"), get("w1_b"), get("w2_a"), get("w2_b"), scale)
+        elif change.algorithm == "lokr":
+            inner = Kronecker(factor("w1"), factor("w2"), scale)
+        else:
+            inner = Difference(get("full"), scale)
+        if "magnitude" not in change.tensors:
+            return inner
+        assert weight is not None, "DoRA needs the weight it turns"
+        magnitude = self.file.get(change.tensors["magnitude"]).to(device).float()
+        return Decomposed(inner, magnitude.reshape(-1, 1) if magnitude.ndim == 1 else magnitude.flatten(1), weight)
+
+    def error(self, problem: str, hint: str = "", **details: Any) -> CheckpointError:
+        return CheckpointError(f"{self.file.path} (LoRA in {self.dialect} names): {problem}", hint,
+                               path=self.file.path, dialect=self.dialect, **details)  # fmt: skip
+
+
+def read_lora(path: Path) -> LoraFile:
+    """Return what a LoRA file (or PEFT folder) changes. Reads headers only.
+
+    Raises CheckpointError for a file that is damaged, or holds no LoRA at all.
+    """
+    file = open_tensors(path)
+    groups, leftover = _group(file)
+    if not groups:
+        first = ", ".join(file.names[:5]) or "none"
+        raise CheckpointError(
+            f"{path} is no LoRA: none of its {len(file)} tensors is a part of one; its first are {first}",
+            "Pass a model to --dit, or a LoRA file here.",
+            path=path,
+        )
+    found = spelling(groups)
+    changes: list[Change] = []
+    for spelled, roles in groups.items():
+        made, why = _changes(file, spelled, roles, found)
+        changes += made
+        leftover |= why
+    return LoraFile(file, dialect_name(found, file.names), found, tuple(changes), leftover, _peft_record(file))
+
+
+def _group(file: TensorFile) -> tuple[dict[str, dict[str, tuple[str, str]]], dict[str, str]]:
+    """Tensors by module as spelled, then by role: (algorithm, name); and those that are no part of a LoRA."""
+    groups: dict[str, dict[str, tuple[str, str]]] = {}
+    leftover: dict[str, str] = {}
+    for name in file:
+        parsed = ending(name)
+        if parsed is None:
+            leftover[name] = "its ending is that of no LoRA tensor"
+        elif parsed[2] in groups.setdefault(parsed[0], {}):
+            leftover[name] = f"{groups[parsed[0]][parsed[2]][1]} says the same"
+        else:
+            groups[parsed[0]][parsed[2]] = (parsed[1], name)
+    return {spelled: roles for spelled, roles in groups.items() if roles}, leftover
+
+
+def _changes(
+    file: TensorFile, spelled: str, roles: Mapping[str, tuple[str, str]], found: Spelling
+) -> tuple[list[Change], dict[str, str]]:
+    """The changes that the tensors of one module make, and the reasons for those that make none."""
+    names = {role: name for role, (_, name) in roles.items()}
+    other = next((why for pattern, why in OTHER_PARTS if re.fullmatch(pattern, spelled)), None)
+    module = found.module(spelled)
+    if other or module is None:
+        return [], dict.fromkeys(names.values(), other or f"it does not begin with {found.prefix}")
+    changes, used = [], set()
+    for role, tensors in _complete({role: roles[role][0] for role in roles}, names):
+        place = official(module, role, found.words, found.family)
+        if place is None or (place.swap and ("magnitude" in roles or "lokr" in {kind for kind, _ in roles.values()})):
+            return [], dict.fromkeys(names.values(), f"no part of a model is called {module} in {found.words} names")
+        algorithm = "diff" if "full" in tensors else next(roles[r][0] for r in tensors if roles[r][0] != "any")
+        shape = _shape(file, algorithm, tensors)
+        if shape is None:
+            continue
+        changes.append(Change(place.parameter, algorithm, tensors, shape, place.part, place.fused, place.swap))
+        used |= set(tensors.values())
+    rest = [name for name in names.values() if name not in used]
+    return changes, dict.fromkeys(rest, "the other tensors that belong to it are missing, or do not fit it")
+
+
+def _complete(kinds: Mapping[str, str], names: Mapping[str, str]) -> list[tuple[str, dict[str, str]]]:
+    """(what of the module changes, tensors by role) of every change these tensors make."""
+    found: list[tuple[str, dict[str, str]]] = []
+    for algorithm in ("lora", "loha", "lokr"):
+        present = {role for role, kind in kinds.items() if kind == algorithm} - EXTRA
+        needed = next((roles for roles in NEEDED[algorithm] if roles == present), None)
+        if needed:
+            extra = {"alpha", "magnitude"} & names.keys()
+            found.append(("weight", {role: names[role] for role in (*sorted(needed), *sorted(extra))}))
+            if "up_bias" in names:
+                scale = {role: names[role] for role in ("alpha", "down") if role in names}
+                found.append(("bias", {"full": names["up_bias"], **scale}))
+    for role in ("weight", "bias", "modulation"):
+        if kinds.get(role) == "diff":
+            found.append((role, {"full": names[role]}))
+    return found
+
+
+def _shape(file: TensorFile, algorithm: str, tensors: Mapping[str, str]) -> tuple[int, ...] | None:
+    """The shape of what changes, None where the tensors do not fit each other."""
+    shapes = {role: file.shape(name) for role, name in tensors.items()}
+    if algorithm == "diff":
+        return shapes["full"]
+    flat = {role: (shape[0], math.prod(shape[1:])) for role, shape in shapes.items() if len(shape) >= 2}
+    if any(role not in flat for role in shapes if role not in EXTRA):
+        return None
+    whole: tuple[int, int]
+    if algorithm == "lora":
+        if flat["up"][1] != flat["down"][0]:
+            return None
+        whole = (flat["up"][0], flat["down"][1])
+    elif algorithm == "loha":
+        inner = [flat[f"{w}_a"][1] == flat[f"{w}_b"][0] for w in ("w1", "w2")]
+        whole = (flat["w1_a"][0], flat["w1_b"][1])
+        if not all(inner) or whole != (flat["w2_a"][0], flat["w2_b"][1]):
+            return None
+    else:
+        sides = [flat[w] if w in flat else (flat[f"{w}_a"][0], flat[f"{w}_b"][1]) for w in ("w1", "w2")]
+        if any(f"{w}_a" in flat and flat[f"{w}_a"][1] != flat[f"{w}_b"][0] for w in ("w1", "w2")):
+            return None
+        whole = (sides[0][0] * sides[1][0], sides[0][1] * sides[1][1])
+    if "magnitude" in shapes and shapes["magnitude"] not in ((whole[0],), (whole[0], 1), (1, whole[1])):
+        return None
+    return whole
+
+
+def _peft_record(file: TensorFile) -> dict[str, float]:
+    """lora_alpha and use_rslora where PEFT or diffusers wrote them: beside the file, or into its header."""
+    beside = file.files[0].with_name("adapter_config.json")
+    try:
+        if file.files[0].stem == "adapter_model" and beside.is_file():
+            record = dict(json.loads(beside.read_text("utf-8")))
+        else:
+            written = dict(json.loads(file.metadata.get("lora_adapter_metadata", "{}")))
+            record = {key.rpartition(".")[2]: value for key, value in written.items()}
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{file.path}: PEFT's record of its alpha cannot be read ({error})", path=file.path
+        ) from error
+    if record.get("alpha_pattern"):
+        raise CheckpointError(
+            f"{file.path} has an alpha of its own for some layers (PEFT's alpha_pattern), which is not read",
+            "Save it with one alpha, or with .alpha tensors.",
+            path=file.path,
+        )
+    return {key: float(record[key]) for key in ("lora_alpha", "use_rslora") if isinstance(record.get(key), int | float)}
