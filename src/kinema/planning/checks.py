@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from kinema.errors import CheckpointError, RequestError
+from kinema.planning.flux import PARTS as FLUX_PARTS
+from kinema.planning.flux import check_flux
 from kinema.planning.geometry import LATENT_CHANNELS
 from kinema.schema import CatalogEntry, Facts, FileFacts, Request
+
+VAE_FILES = {"wan2.1": "wan_2.1_vae.safetensors", "wan2.2": "wan2.2_vae.safetensors", "flux": "ae.safetensors"}
 
 MEDIA_FIELDS = tuple(
     name
@@ -54,6 +58,7 @@ def _who_takes(field: str) -> str:
 
 def check_components(request: Request, entry: CatalogEntry, facts: Facts) -> None:
     """Raise unless the files found are the parts of this model and fit each other."""
+    _check_family(request, entry, facts)
     two = "high" in entry.experts
     for field in ("dit_high", "guidance_high", "boundary"):
         value = getattr(request, field)
@@ -96,11 +101,35 @@ def check_components(request: Request, entry: CatalogEntry, facts: Facts) -> Non
         raise CheckpointError(
             f"{entry.name} needs the {entry.vae} VAE ({LATENT_CHANNELS[entry.vae]} latent channels); "
             f"{vae.path} has {vae.config.get('z_dim')}",
-            f"pass --vae {'wan2.2_vae' if entry.vae == 'wan2.2' else 'wan_2.1_vae'}.safetensors",
+            f"pass --vae {VAE_FILES[entry.vae]}",
             path=str(vae.path),
             expected=LATENT_CHANNELS[entry.vae],
             found=vae.config.get("z_dim"),
         )
+
+
+def _check_family(request: Request, entry: CatalogEntry, facts: Facts) -> None:
+    """Raise for parts of FLUX in a Wan model and the other way about, and for fields of the other family."""
+    if entry.family == "flux":
+        check_flux(request, entry, facts)
+        return
+    for role, file in facts.files.items():
+        if file.component in FLUX_PARTS.values():
+            raise CheckpointError(
+                f"{file.path} is no part of {entry.name}: {file.structure}",
+                f"pass the {role.replace('_', ' ')} of {entry.name} with --{role.replace('_', '-')}",
+                path=str(file.path),
+                found=file.component,
+            )
+    for field in ("clip_text", "clip_tokenizer", "redux", "true_guidance"):
+        value = getattr(request, field)
+        if value is not None:
+            raise RequestError(
+                f"{entry.name} is no FLUX model: --{field.replace('_', '-')} {value} means nothing to it",
+                "leave it out" + ("; --guidance runs the negative prompt" if field == "true_guidance" else ""),
+                field=field,
+                got=str(value),
+            )
 
 
 def _check_dit(entry: CatalogEntry, file: FileFacts, role: str) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from kinema.planning import flux_cost
+from kinema.planning.flux_cost import is_flux
 from kinema.schema import Machine, ModelRef, Plan, StageCost, calibration_key
 
 Config = Mapping[str, Any]
@@ -84,8 +86,10 @@ def dit_flops(config: Config, frames: int, height: int, width: int, text_rows: i
     frames, height, width  of the latents; a token is 1x2x2 of them.
     text_rows              rows of text that are attended.
     """
-    d, ffn = config["dim"], config["ffn_dim"]
     tokens = frames * (height // 2) * (width // 2)
+    if is_flux(config):
+        return flux_cost.transformer_flops(config, tokens, text_rows)
+    d, ffn = config["dim"], config["ffn_dim"]
     matrices = 12 * tokens * d * d + 4 * tokens * d * ffn  # q k v o, cross q o, feed-forward
     attention = 4 * tokens * d * (tokens + text_rows + clip_tokens)
     edges = 8 * tokens * d * (config["in_channels"] + config["out_channels"])
@@ -144,6 +148,8 @@ class _Conv(NamedTuple):
 
 
 def _vae_flops(config: Config, frames: int, cells: int, layers: Any) -> float:
+    if is_flux(config):
+        return flux_cost.autoencoder_flops(config, cells, decoder=layers is _decoder)
     deepest = config["dim_mult"][-1] * _width(config, layers is _decoder)
     attention = 4 * deepest * (4 * deepest // 2 + cells)  # qkv and proj, then scores and values, per cell and frame
 
@@ -267,8 +273,10 @@ def dit_activation_bytes(
     float32 pair of a rotation are alive, or the feed-forward's two hidden rows. Keys and values of the
     context are kept for every branch.
     """
-    d, ffn = config["dim"], config["ffn_dim"]
     tokens = frames * (height // 2) * (width // 2)
+    if is_flux(config):
+        return branches * flux_cost.transformer_bytes(config, tokens, text_rows, dtype_bytes)
+    d, ffn = config["dim"], config["ffn_dim"]
     attention = 4 * d * dtype_bytes + 16 * d
     feed_forward = (2 * ffn + d) * dtype_bytes + 4 * d
     context = branches * config["num_layers"] * 2 * text_rows * d * dtype_bytes
@@ -283,6 +291,8 @@ def vae_activation_bytes(
     height, width  of the latents, or of a tile of them; chunk: latent frames at a time.
     """
     cells = height * width
+    if is_flux(config):
+        return flux_cost.autoencoder_bytes(config, cells, dtype_bytes, decoder=decoder)
     convs = list((_decoder if decoder else _encoder)(config, first=False))
     memory = sum(2 * c.in_channels * c.area for c in convs if c.history)
     # Input, its copy with two remembered frames in front, output, and the block's own input for the shortcut.

@@ -13,8 +13,8 @@ PATCH = 2
 TEMPORAL_STRIDE = 4
 """Pixel frames a latent frame spans, after the first."""
 
-SPATIAL_STRIDE = {"wan2.1": 8, "wan2.2": 16}
-LATENT_CHANNELS = {"wan2.1": 16, "wan2.2": 48}
+SPATIAL_STRIDE = {"wan2.1": 8, "wan2.2": 16, "flux": 8}
+LATENT_CHANNELS = {"wan2.1": 16, "wan2.2": 48, "flux": 16}
 
 
 def latent_frames(frames: int) -> int:
