@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,14 @@ CASES = {
     "wan2.2-t2v-a14b": {},
     "wan2.2-i2v-a14b": {"images": FIRST},
     "wan2.2-ti2v-5b": {},
+    "flux.1-dev": {},
+    "flux.1-schnell": {},
+    "flux.1-krea-dev": {},
+    "flux.1-kontext-dev": {"images": {"reference": image(1600, 900, "room.png")}},
+    "flux.1-fill-dev": {"images": {**FIRST, "mask": image(800, 600, "mask.png")}},
+    "flux.1-canny-dev": {"images": {"control": image(1024, 768, "edges.png")}},
+    "flux.1-depth-dev": {"images": {"control": image(1024, 768, "depth.png")}},
+    "flux.1-redux-dev": {"images": {"reference": image(640, 640, "room.png")}},
 }
 
 
@@ -66,6 +75,8 @@ OFFICIAL = {
     "wan2.2-t2v-a14b": (40, 12, {3, 4}, 81, 16, (1280, 720)),
     "wan2.2-i2v-a14b": (40, 5, {3.5}, 81, 16, (1280, 720)),
     "wan2.2-ti2v-5b": (50, 5, {5}, 121, 24, (1280, 704)),
+    "flux.1-dev": (50, math.exp(1.15), {1}, 1, 16, (1024, 1024)),
+    "flux.1-schnell": (4, 1, {1}, 1, 16, (1024, 1024)),
 }
 
 
