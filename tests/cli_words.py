@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from kinema.schema import Request
 
-VERBS = frozenset({"generate", "plan", "inspect", "doctor", "replay", "decode", "demo", "models", "control", "drive"})
+VERBS = frozenset(
+    {"generate", "plan", "inspect", "convert", "doctor", "replay", "decode", "demo", "models", "control", "drive"}
+)
 
 CLI_FLAGS = frozenset(
     {
         "--interactive",
+        "--to",
+        "--names",
         "--from-file",
         "--json",
         "--fresh",

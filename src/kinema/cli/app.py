@@ -104,6 +104,28 @@ def inspect_files(
     return code
 
 
+def convert(
+    call: Call,
+    source: Annotated[Path, Parameter(name="IN", help="a checkpoint: file, folder, index or shard")],
+    target: Annotated[Path, Parameter(name="OUT", help="a .safetensors or .gguf file")],
+    /,
+    *,
+    to: Annotated[str | None, _switch("what the large matrices become; default: as they are")] = None,
+    names: Annotated[str | None, _switch("official, comfyui, diffusers, transformers or gguf names")] = None,
+) -> int:
+    """Write a checkpoint as another: other numbers, other names, another container; then read it back."""
+    from kinema.cli.inspection import converted_text
+    from kinema.weights.convert import convert as convert_file
+
+    overwrite = make_request(call.fields).overwrite
+    with make_teller(call.json) as teller, Interruption() as cancelled:
+        made = _told(convert_file(source, target, to, names, overwrite=overwrite), teller, cancelled)
+        for note in made.notes:
+            teller.event(note)
+        teller.show(*converted_text(made))
+    return 0
+
+
 def doctor(call: Call) -> int:
     """Say what this machine has: torch, devices, attention, codecs, memory, disk, settings, extras."""
     from kinema.cli.doctor import examine
@@ -257,6 +279,7 @@ COMMANDS: dict[str, Command] = {
     "generate": Command(generate, ALL_FIELDS),
     "plan": Command(plan, ALL_FIELDS),
     "inspect": Command(inspect_files),
+    "convert": Command(convert, ("overwrite",)),
     "doctor": Command(doctor),
     "replay": Command(replay),
     "decode": Command(decode, ("output", "save", "overwrite", "quality", "strip")),
