@@ -8,14 +8,12 @@ from __future__ import annotations
 from kinema.schema import Request
 
 VERBS = frozenset(
-    {"generate", "plan", "inspect", "convert", "doctor", "replay", "decode", "demo", "models", "control", "drive"}
+    {"generate", "plan", "inspect", "doctor", "replay", "decode", "demo", "models", "control", "drive", "resume"}
 )
 
 CLI_FLAGS = frozenset(
     {
         "--interactive",
-        "--to",
-        "--names",
         "--from-file",
         "--json",
         "--fresh",

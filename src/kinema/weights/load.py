@@ -94,14 +94,11 @@ def _rounded(weight: Tensor, ref: ModelRef, name: str) -> Packed:
     return quantise(weight, kind, scales)
 
 
-def load_tokenizer(encoder: Sequence[Path], tokenizer: Path | None, component: Component = "text_encoder") -> Tokenizer:
+def load_tokenizer(encoder: Sequence[Path], tokenizer: Path | None) -> Tokenizer:
     """Return the tokenizer at `tokenizer`, or without one that inside the text encoder's files."""
     if tokenizer is not None:
-        found = Tokenizer.from_path(tokenizer)
-    else:
-        found = Tokenizer.from_bytes(open_tensors(encoder).get("spiece_model").numpy().tobytes())
-    found.cleans = component != "t5"
-    return found
+        return Tokenizer.from_path(tokenizer)
+    return Tokenizer.from_bytes(open_tensors(encoder).get("spiece_model").numpy().tobytes())
 
 
 def _placed(
