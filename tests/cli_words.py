@@ -8,12 +8,14 @@ from __future__ import annotations
 from kinema.schema import Request
 
 VERBS = frozenset(
-    {"generate", "plan", "inspect", "doctor", "replay", "decode", "demo", "models", "control", "drive", "resume"}
+    {"generate", "plan", "inspect", "convert", "doctor", "replay", "decode", "demo", "models", "control", "drive"}
 )
 
 CLI_FLAGS = frozenset(
     {
         "--interactive",
+        "--to",
+        "--names",
         "--from-file",
         "--json",
         "--fresh",

@@ -24,13 +24,13 @@ from kinema import ops
 from kinema.clips.kept import CLIPS_SUFFIX, KeptClips
 from kinema.clips.loop import Branches, make_clips
 from kinema.clips.tasks import clip_task
+from kinema.conditioning_flux import flux_conditions
 from kinema.errors import Cancelled, KinemaError, NumericsError, OutputError
 from kinema.media.background import BackgroundWriter
 from kinema.media.files import write_whole
 from kinema.media.preview import preview_rgb
 from kinema.media.video import write
-from kinema.models.encoders import UMT5, ClipVision, encode_prompts
-from kinema.models.wan import WanDiT
+from kinema.models.encoders import UMT5, ClipVision, encode_padded, encode_prompts
 from kinema.models.wan_vae import WanVAE
 from kinema.planning import make_plan, output_folder, plan_output, sidecars
 from kinema.planning.cost import work
@@ -210,6 +210,9 @@ class Engine:
     @torch.inference_mode()
     def _encode(self, plan: Plan, stages: Stages, cancelled: Stop) -> Generator[Event, None, dict[Branch, Conditions]]:
         rows = yield from self._encode_prompts(plan, stages)
+        if plan.flux is not None:
+            _stop_if(cancelled)
+            return flux_conditions(plan, rows, self._models.get)
         clip = concat = clean = None
         if plan.images:
             _stop_if(cancelled)
@@ -244,8 +247,10 @@ class Engine:
         new = [text for text, key in zip(texts, keys, strict=True) if key not in self._texts]
         if new:
             encoder = cast(UMT5, self._models.get(plan.text_encoder))
-            tokenizer = load_tokenizer(plan.text_encoder.files, plan.text_encoder.tokenizer)
-            for text, rows in zip(new, encode_prompts(encoder, tokenizer, new, plan.text_len), strict=True):
+            ref = plan.text_encoder
+            tokenizer = load_tokenizer(ref.files, ref.tokenizer, ref.component)
+            encode = encode_padded if ref.component == "t5" else encode_prompts
+            for text, rows in zip(new, encode(encoder, tokenizer, new, plan.text_len), strict=True):
                 self._texts[plan.text_encoder, plan.text_len, text] = rows
         wanted = {key: self._texts[key] for key in keys}
         # The negative prompt of a batch is asked for again and again, so what was asked for last is kept.
@@ -264,13 +269,15 @@ class Engine:
         meter: Meter,
     ) -> Generator[Event, None, Tensor]:
         device = torch.device(plan.device)
-        velocity = ops.Velocity(lambda expert: cast(WanDiT, self._models.get(plan.experts[expert])), conditions, device)
+        velocity = ops.Velocity(
+            lambda expert: cast(ops.DiT, self._models.get(plan.experts[expert])), conditions, device
+        )
         first = plan.experts[plan.steps[0].expert]
         if first not in self._models:
             with stages.measure("load"):
-                yield (loading := Meter("load", 1)).start()
+                yield (meter := Meter("load", 1)).start()
                 self._models.get(first)
-                yield loading.tick()
+                yield meter.tick()
         clean = conditions["cond"].clean_BCFhw
         factors = ops.preview_factors(plan) if plan.output.preview is not None else None
         with stages.measure("sample"):
@@ -312,7 +319,7 @@ class Engine:
         if paths:
             try:
                 with stages.measure("decode"):
-                    frames = ops.decode_frames(cast(WanVAE, self._models.get(plan.vae)), latents_CFhw, plan)
+                    frames = ops.decode_frames(cast(ops.VAE, self._models.get(plan.vae)), latents_CFhw, plan)
                     yield from self._write(plan, seed, frames, paths, cancelled)
             except Exception as error:
                 raise _unfinished(error, safe) from error

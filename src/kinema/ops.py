@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -18,7 +19,9 @@ from kinema.errors import CheckpointError, NumericsError
 from kinema.media.frames import crop_to, latent_mask, resize, to_video_range
 from kinema.media.image import read_image
 from kinema.models.encoders import ClipVision
-from kinema.models.wan import Context, WanDiT
+from kinema.models.flux import FluxDiT
+from kinema.models.flux_vae import FluxVAE
+from kinema.models.wan import WanDiT
 from kinema.models.wan_vae import WanVAE
 from kinema.sampling.denoiser import Branch
 from kinema.schema import Expert, ImagePlan, Plan, PlanStep
@@ -26,6 +29,10 @@ from kinema.tensors import Conditions
 from kinema.weights.files import open_tensors
 from kinema.weights.lora.attach import set_strengths
 
+DiT = WanDiT | FluxDiT
+"""The models that give a velocity. Each has its own context, made by its `prepare`."""
+
+VAE = WanVAE | FluxVAE
 PLAN_KEY = "kinema"
 """Metadata key under which an output file carries its plan."""
 
@@ -90,16 +97,16 @@ def image_channels(
 class LastCall:
     """What the DiT was last asked, so that a non-finite answer can be traced to a layer."""
 
-    model: WanDiT
+    model: DiT
     x_BCFhw: Tensor
     timestep: float
-    contexts: tuple[Context, ...]
+    contexts: tuple[Any, ...]
 
 
 class Velocity:
     """The velocity the denoiser asks for, by expert and branch; contexts are prepared once each.
 
-    load        expert -> loaded WanDiT.
+    load        expert -> loaded model.
     conditions  by branch.
     together    run all branches of a step through a block before the next block: for weights that have to be brought.
                 It costs the tokens of one more branch.
@@ -107,14 +114,14 @@ class Velocity:
 
     def __init__(
         self,
-        load: Callable[[Expert], WanDiT],
+        load: Callable[[Expert], DiT],
         conditions: Mapping[Branch, Conditions],
         device: torch.device,
         together: bool = False,
     ) -> None:
         self._load, self._conditions, self._device, self._together = load, conditions, device, together
-        self._contexts: dict[Branch, Context] = {}
-        self._current: tuple[Expert, tuple[float, ...], WanDiT] | None = None
+        self._contexts: dict[Branch, Any] = {}
+        self._current: tuple[Expert, tuple[float, ...], DiT] | None = None
         self.last: LastCall | None = None
 
     def __call__(self, step: PlanStep, branches: Sequence[Branch], x_BCFhw: Tensor) -> list[Tensor]:
@@ -126,12 +133,12 @@ class Velocity:
             return list(model(x_BCFhw, timesteps, *contexts).chunk(len(contexts)))
         return [model(x_BCFhw, timesteps, context) for context in contexts]
 
-    def _context(self, model: WanDiT, branch: Branch) -> Context:
+    def _context(self, model: DiT, branch: Branch) -> Any:
         if branch not in self._contexts:
             self._contexts[branch] = model.prepare(self._conditions[branch].to(self._device))
         return self._contexts[branch]
 
-    def _model(self, step: PlanStep) -> WanDiT:
+    def _model(self, step: PlanStep) -> DiT:
         """The step's model with its LoRAs as strong as the step has them; what was prepared by another is dropped."""
         if self._current is None or self._current[:2] != (step.expert, step.loras):
             # A run crosses the boundary once, and changes strengths seldom: what is dropped is not asked for again.
@@ -146,14 +153,14 @@ class Velocity:
 
 
 @torch.inference_mode()
-def decode_frames(vae: WanVAE, latents_CFhw: Tensor, plan: Plan) -> Iterator[Tensor]:
+def decode_frames(vae: VAE, latents_CFhw: Tensor, plan: Plan) -> Iterator[Tensor]:
     """Yield frames_THWC, float32 in [0, 1], in order, `plan.chunk` latent frames at a time.
 
     Raises NumericsError for values that are not finite, and at the end for a video of one single colour:
     a black video is never delivered.
     """
     lowest, highest = 1.0, 0.0
-    device = vae.latent_mean.device
+    device = next(vae.parameters()).device
     for video_BCTHW in vae.decode_chunks(latents_CFhw[None].to(device), chunk=plan.chunk, tile=plan.tile):
         if not bool(torch.isfinite(video_BCTHW).all()):
             raise NumericsError(

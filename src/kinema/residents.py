@@ -17,6 +17,7 @@ from torch import nn
 
 from kinema.lora import LoraRef
 from kinema.models.encoders import UMT5, ClipVision, check_encoder
+from kinema.models.flux import FluxDiT
 from kinema.models.wan import WanDiT
 from kinema.runtime.attention import attention
 from kinema.runtime.machine import free_memory
@@ -66,7 +67,7 @@ class Residents:
             module = load(ref, fused)
             if isinstance(module, UMT5 | ClipVision):
                 check_encoder(module, ref.files[0])
-            if isinstance(module, WanDiT):
+            if isinstance(module, WanDiT | FluxDiT):
                 module.attention = attention(ref.attention, ref.device)
             self._modules[ref] = module
             if fused.sizes:

@@ -89,7 +89,12 @@ class Request(Frozen):
     text_encoder: Path | None = _field("model", "umT5 file or folder.")
     clip_vision: Path | None = _field("model", "CLIP vision file or folder.")
     audio_encoder: Path | None = _field("model", "wav2vec2 file or folder, of speech-driven models.")
-    tokenizer: Path | None = _field("model", "Folder or file of the umT5 tokenizer (spiece.model or tokenizer.json).")
+    tokenizer: Path | None = _field(
+        "model", "Folder or file of the umT5 or T5 tokenizer (spiece.model, tokenizer.json)."
+    )
+    clip_text: Path | None = _field("model", "CLIP-L text encoder of FLUX.")
+    clip_tokenizer: Path | None = _field("model", "Folder or file of CLIP-L's tokenizer (vocab.json, tokenizer.json).")
+    redux: Path | None = _field("model", "Redux embedder of FLUX, for reference images.")
 
     lora: Annotated[tuple[LoraRef, ...], BeforeValidator(parse_loras)] = _field(
         "model", "LoRA, as FILE:0.8@high,steps=1-3,only=PATTERN: all but FILE may be left out. Once for each LoRA.", ()
@@ -117,15 +122,6 @@ class Request(Frozen):
     video: Path | None = _field("media", "Source video.")
     one_frame: str | None = _field("media", "One-frame inference, for example target_index=1,control_index=0.")
 
-    start_from_reference: bool = _field(
-        "speech", "Go on from the reference image, as if it had been shown before.", False
-    )
-    clips: int | None = _field("speech", "How many clips to make. Default: until the sound ends.", ge=1)
-    speech_text: str | None = _field("speech", "Text to be spoken, instead of a sound file.")
-    speech_url: str | None = _field("speech", "Service that speaks it: any with OpenAI's /v1/audio/speech.")
-    speech_voice: str | None = _field("speech", "Its voice. Default: alloy.")
-    speech_model: str | None = _field("speech", "Its model. Default: tts-1.")
-
     size: SizeText = _field("shape", "WIDTHxHEIGHT in pixels, or 480p or 720p: that area at the image's aspect.")
     frames: int | None = _field("shape", "Frames, 4n+1; 1 makes an image.", ge=1)
     seconds: float | None = _field("shape", "Length in seconds, instead of frames.", gt=0)
@@ -138,6 +134,9 @@ class Request(Frozen):
     shift: float | None = _field("sampling", "Timestep shift.", gt=0, le=1000)
     guidance: float | None = _field("sampling", "Guidance scale; of two-expert models the low-noise expert's.", ge=0)
     guidance_high: float | None = _field("sampling", "Guidance scale of the high-noise expert.", ge=0)
+    true_guidance: float | None = _field(
+        "sampling", "Guidance of FLUX by a second pass over the negative prompt; 1 (default) makes none.", ge=0
+    )
     boundary: float | None = _field("sampling", "Switch of experts as a share of 1000 timesteps.", ge=0, le=1)
     solver: Solver | None = _field("sampling", "unipc, dpmpp or euler.")
 
@@ -187,7 +186,6 @@ class Settings(Frozen):
     hub_caches        caches of huggingface_hub, searched last.
     store             root that files are pulled to; None: the first of `models`.
     catalogs          extra catalog TOML files.
-    speech_key        what a speech service asks for; sent to `speech_url`, and nowhere else.
     cache             folder of the hash cache and this machine's calibration; None keeps neither.
     """
 
@@ -199,7 +197,6 @@ class Settings(Frozen):
     catalogs: tuple[Path, ...] = ()
     cache: Path | None = None
     hub: Hub = Hub()
-    speech_key: SecretStr | None = None
 
 
 # --- what was found out before the plan --------------------------------------------------------
@@ -313,7 +310,7 @@ def calibration_key(stage: str, work: float) -> str:
 class Facts(Frozen):
     """Everything a plan depends on besides the request and the catalog.
 
-    files     by role: dit, dit_high, vae, text_encoder, clip_vision, audio_encoder.
+    files     by role: dit, dit_high, vae, text_encoder, clip_vision.
     loras     in the order of `Request.lora`; known_loras: the published ones, by name.
     media     by Request field, in order where a field takes several.
     notes     what was decided while looking: which of several installed files is used.
@@ -325,6 +322,7 @@ class Facts(Frozen):
     loras: tuple[LoraFacts, ...] = ()
     known_loras: dict[str, CatalogLora] = {}
     tokenizer: Path | None = None
+    clip_tokenizer: Path | None = None
     media: dict[str, tuple[MediaFacts, ...]] = {}
     machine: Machine = Machine()
     notes: tuple[Note, ...] = ()
@@ -341,8 +339,9 @@ class CatalogEntry(Frozen):
     first_frame  "concat": mask and image are extra channels; "overwrite": the clean latent replaces the noise.
     no_image     what a concat model does without an image: zeros in those channels, or a refusal.
     sizes        width x height it was trained on; image_sizes more of them for single frames.
-    clip_frames  frames made at a time, of models that go on from their own frames clip by clip; history_frames: how
-                 many of those before a clip it sees.
+    kontext      reference images become tokens beside those of the picture.
+    redux        reference images become rows beside those of the text.
+    shift_by_tokens  the shift grows with the size, as FLUX.1 was trained; then `shift` means nothing.
     by_area      the input image's aspect, at the area of `size`, is the default size.
     shift_480p   shift at areas up to 832x480, where the official code has another one there.
     files        file names by role under a models folder, best first.
@@ -350,10 +349,10 @@ class CatalogEntry(Frozen):
 
     name: str
     title: str
-    family: Literal["wan"] = "wan"
+    family: Literal["wan", "flux"] = "wan"
     experts: tuple[Expert, ...] = ("model",)
     structure: dict[str, Any]
-    vae: Literal["wan2.1", "wan2.2"]
+    vae: Literal["wan2.1", "wan2.2", "flux"]
     text_len: int = 512
     takes: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
@@ -363,12 +362,13 @@ class CatalogEntry(Frozen):
     sizes: tuple[tuple[int, int], ...] = ()
     image_sizes: tuple[tuple[int, int], ...] = ()
     by_area: bool = False
-    clip_frames: int | None = None
-    history_frames: int = 0
+    kontext: bool = False
+    redux: bool = False
     frames: int = 81
     fps: float = 16
     steps: int = 50
     shift: float = 5.0
+    shift_by_tokens: bool = False
     shift_480p: float | None = None
     guidance: float = 5.0
     guidance_high: float | None = None
@@ -576,6 +576,20 @@ class SoundPlan(Frozen):
     seconds: float
 
 
+class FluxPlan(Frozen):
+    """What FLUX.1 is told besides text rows and channels.
+
+    clip_text      the encoder of the pooled text.
+    guidance       the scale the model was distilled with as an input; None where it has no such input.
+    siglip, redux  what makes text rows of reference images; None where there are none.
+    """
+
+    clip_text: ModelRef
+    guidance: float | None = None
+    siglip: ModelRef | None = None
+    redux: ModelRef | None = None
+
+
 class Plan(Frozen):
     """Every decision of a run, no tensors. `kinema plan` prints it; the output file carries it; replay runs it.
 
@@ -605,6 +619,7 @@ class Plan(Frozen):
     images: tuple[ImagePlan, ...] = ()
     first_frame: Literal["none", "concat", "overwrite"] = "none"
     camera: CameraPlan | None = None
+    flux: FluxPlan | None = None
     width: int
     height: int
     frames: int
@@ -652,6 +667,10 @@ class Plan(Frozen):
         others += [self.camera.path] if self.camera else []
         others += [self.speech.audio, self.speech.pose] if self.speech else []
         others += [self.sound.path] if self.sound else []
+        if self.flux:
+            parts = (self.flux.clip_text, self.flux.siglip, self.flux.redux)
+            weights += [file for ref in parts if ref for file in ref.files]
+            others.append(self.flux.clip_text.tokenizer)
         return tuple(dict.fromkeys([*weights, *loras, *(file for file in others if file)]))
 
 

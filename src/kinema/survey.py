@@ -18,37 +18,40 @@ from kinema.catalog.installed import Chosen, Need, find_files, missing
 from kinema.catalog.loras import known_lora, load_loras
 from kinema.errors import CatalogError, RequestError
 from kinema.lora import LORA_SYNTAX, LoraFacts, LoraRef
-from kinema.media.audio import audio_facts
 from kinema.media.camera import pose_facts
 from kinema.media.image import read_image
-from kinema.media.speaking import speak
 from kinema.media.video import probe
 from kinema.models.tokenizer import Tokenizer
 from kinema.planning import MEDIA_FIELDS, check_media, output_folder
 from kinema.planning.camera import is_pose_file
-from kinema.planning.speech import check_speech
 from kinema.provision import activation_bytes, provide
 from kinema.runtime.machine import probe_machine
-from kinema.schema import CatalogEntry, Facts, FileFacts, Machine, MediaFacts, Note, Request, Settings
-from kinema.weights.detect import find_tokenizer, inspect, resolve_folder
+from kinema.schema import CatalogEntry, Component, Facts, FileFacts, Machine, MediaFacts, Note, Request, Settings
+from kinema.weights.detect import components_in, find_tokenizer, inspect, resolve_folder
+from kinema.weights.folders import CLIP_FILES, CLIP_FOLDERS, T5_FOLDERS, TOKENIZER_FOLDERS
 from kinema.weights.load import load_tokenizer
 from kinema.weights.lora.attach import parameter_shapes
 from kinema.weights.lora.file import read_lora
 from kinema.weights.lora.match import lora_facts
 from kinema.weights.structure import build
 
-COMPONENTS: dict[str, str] = {
-    "dit": "dit",
-    "dit_high": "dit",
-    "vae": "vae",
-    "text_encoder": "text_encoder",
-    "clip_vision": "clip_vision",
-    "audio_encoder": "audio_encoder",
+COMPONENTS: dict[str, tuple[Component, ...]] = {
+    "dit": ("dit", "flux_dit"),
+    "dit_high": ("dit",),
+    "vae": ("vae", "flux_vae"),
+    "text_encoder": ("text_encoder", "t5"),
+    "clip_vision": ("clip_vision", "siglip"),
+    "clip_text": ("clip_text",),
+    "redux": ("redux",),
 }
-"""The kind of model each role asks for."""
+"""The kinds of model each role asks for, Wan's first."""
 
 IMAGE_FIELDS = ("first", "last", "reference", "control_image", "control_mask")
 TOKENIZER_SOURCE = "the folder google/umt5-xxl of the repository Wan-AI/Wan2.1-T2V-1.3B (spiece.model, tokenizer.json)"
+T5_SOURCE = "the folder tokenizer_2 of FLUX.1, or google/t5-v1_1-xxl (spiece.model, tokenizer.json)"
+CLIP_SOURCE = (
+    "the folder tokenizer of FLUX.1, or openai/clip-vit-large-patch14 (vocab.json and merges.txt, tokenizer.json)"
+)
 
 
 def survey(request: Request, settings: Settings) -> tuple[CatalogEntry, Facts]:
@@ -84,16 +87,17 @@ def survey(request: Request, settings: Settings) -> tuple[CatalogEntry, Facts]:
             got=str(request.save),
         )
     tokenizer = _tokenizer(request, paths, files["text_encoder"], settings)
+    clip_tokenizer = _clip_tokenizer(request, files["clip_text"], settings) if "clip_text" in files else None
     facts = Facts(
         files=files,
         loras=_loras(request, files, settings),
         known_loras=load_loras(),
         tokenizer=tokenizer,
-        media={field: tuple(_media(field, path) for path in _given(request, field)) for field in MEDIA_FIELDS}
-        | _spoken(request, entry, settings),
+        clip_tokenizer=clip_tokenizer,
+        media={field: tuple(_media(field, path, entry) for path in _given(request, field)) for field in MEDIA_FIELDS},
         machine=machine,
         notes=notes,
-        cut=_cut(request, entry, load_tokenizer(files["text_encoder"].files, tokenizer)),
+        cut=_cut(request, entry, _load_tokenizer(files["text_encoder"], tokenizer)),
         existing=existing_names(folder),
         output_free=_free(folder),
     )
@@ -111,10 +115,12 @@ def _locate(
     request: Request, named: CatalogEntry | None, settings: Settings, machine: Machine
 ) -> tuple[dict[str, Path], tuple[Note, ...]]:
     """Paths by role, and what was chosen: flags win over the folder or the installed files of the named model."""
-    flags = {role: getattr(request, role) for role in (*COMPONENTS, "tokenizer") if getattr(request, role)}
+    roles = (*COMPONENTS, "tokenizer", "clip_tokenizer")
+    flags = {role: getattr(request, role) for role in roles if getattr(request, role)}
     for role, path in flags.items():
         if not path.exists():
             raise CatalogError(f"--{role.replace('_', '-')} {path}: no such file", _near(path), name=str(path))
+    flags = _with_parts_inside(flags)
     if named is None and not request.model:
         if not flags:
             raise RequestError(
@@ -133,6 +139,15 @@ def _locate(
         return flags, ()
     chosen = installed(named, settings, machine, given=flags)
     return {**chosen.files, **flags}, (Note(about="files", text=chosen.note),) if chosen.note else ()
+
+
+def _with_parts_inside(paths: dict[str, Path]) -> dict[str, Path]:
+    """The same paths, and where the DiT's file holds other parts of the model as well, those that were not given."""
+    if "dit" not in paths:
+        return paths
+    held = components_in(paths["dit"])
+    inside = {role for role, kinds in COMPONENTS.items() if len(held) > 1 and set(kinds) & set(held)}
+    return {**dict.fromkeys(sorted(inside), paths["dit"]), **paths}
 
 
 def installed(entry: CatalogEntry, settings: Settings, machine: Machine, given: Collection[str] = ()) -> Chosen:
@@ -165,16 +180,18 @@ def _near(path: Path) -> str:
 
 
 def _inspect(role: str, path: Path) -> FileFacts:
-    facts = inspect(path)
-    if facts.component != COMPONENTS[role]:
+    kinds = COMPONENTS[role]
+    held = components_in(path)
+    facts = inspect(path, next((kind for kind in kinds if kind in held), None))
+    if facts.component not in kinds:
         flag = f"--{role.replace('_', '-')}"
-        right = "--" + facts.component.replace("_", "-")
+        right = "--" + next(r for r, k in COMPONENTS.items() if facts.component in k).replace("_", "-")
         raise RequestError(
             f"{flag} {path} is a {facts.component.replace('_', ' ')} ({facts.structure})",
-            f"pass it as {right}, and a {COMPONENTS[role].replace('_', ' ')} file as {flag}",
+            f"pass it as {right}, and a {role.replace('_', ' ')} file as {flag}",
             field=role,
             got=str(path),
-            allowed=COMPONENTS[role],
+            allowed=kinds,
         )
     return facts
 
@@ -244,26 +261,47 @@ def _identify(request: Request, files: Mapping[str, FileFacts], catalog: Mapping
 
 def _tokenizer(request: Request, paths: Mapping[str, Path], encoder: FileFacts, settings: Settings) -> Path | None:
     """The tokenizer's path, or None where the text encoder's file holds it."""
+    t5 = encoder.component == "t5"
+    folders, source = (T5_FOLDERS, T5_SOURCE) if t5 else (TOKENIZER_FOLDERS, TOKENIZER_SOURCE)
     if request.tokenizer:
         named = find_tokenizer(request.tokenizer) if request.tokenizer.is_dir() else request.tokenizer
         if named is None or named.suffix not in (".model", ".json"):
+            kind = "T5" if t5 else "umT5"
             raise CatalogError(
-                f"--tokenizer {request.tokenizer} is no umT5 tokenizer (spiece.model, tokenizer.json or their folder)",
-                f"pass one, such as {TOKENIZER_SOURCE}",
+                f"--tokenizer {request.tokenizer} is no {kind} tokenizer: spiece.model, tokenizer.json or their folder",
+                f"pass one, such as {source}",
                 name=str(request.tokenizer),
             )
         return named
     if encoder.has_tokenizer:
         return None
-    found = paths.get("tokenizer") or find_tokenizer(encoder.path, settings.models)
+    found = paths.get("tokenizer") or find_tokenizer(encoder.path, settings.models, folders)
     if found is None:
         searched = ", ".join(map(str, (encoder.path.parent, *settings.models)))
         raise CatalogError(
             f"{encoder.path} holds no tokenizer, and none lies in {searched}",
-            f"put {TOKENIZER_SOURCE} beside the text encoder, or pass --tokenizer PATH",
+            f"put {source} beside the text encoder, or pass --tokenizer PATH",
             name="tokenizer",
         )
     return found
+
+
+def _clip_tokenizer(request: Request, encoder: FileFacts, settings: Settings) -> Path:
+    """The path of CLIP's tokenizer, which no encoder's file holds."""
+    near = request.clip_tokenizer or encoder.path
+    found = find_tokenizer(near, () if request.clip_tokenizer else settings.models, CLIP_FOLDERS, CLIP_FILES)
+    if found is None:
+        where = f"--clip-tokenizer {near}" if request.clip_tokenizer else str(near.parent)
+        raise CatalogError(
+            f"{where} holds no CLIP tokenizer (vocab.json with merges.txt, or tokenizer.json)",
+            f"pass --clip-tokenizer PATH: {CLIP_SOURCE}",
+            name="clip_tokenizer",
+        )
+    return found
+
+
+def _load_tokenizer(encoder: FileFacts, tokenizer: Path | None) -> Tokenizer:
+    return load_tokenizer(encoder.files, tokenizer, encoder.component)
 
 
 def _cut(request: Request, entry: CatalogEntry, tokenizer: Tokenizer) -> dict[str, int]:
@@ -285,25 +323,13 @@ def _given(request: Request, field: str) -> Iterable[Path]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _media(field: str, path: Path) -> MediaFacts:
-    if not path.is_file() and (field in IMAGE_FIELDS or not path.is_dir()):
+def _media(field: str, path: Path, entry: CatalogEntry) -> MediaFacts:
+    still = field in IMAGE_FIELDS or entry.family == "flux"
+    if not path.is_file() and (still or not path.is_dir()):
         raise RequestError(f"--{field.replace('_', '-')} {path}: no such file", _near(path), field=field, got=str(path))
     if field == "camera":
         return pose_facts(path)
-    if field == "audio":
-        return audio_facts(path)
-    return read_image(path)[1] if field in IMAGE_FIELDS else probe(path)
-
-
-def _spoken(request: Request, entry: CatalogEntry, settings: Settings) -> dict[str, tuple[MediaFacts, ...]]:
-    """The sound of `speech_text`, asked of a service the first time and kept: the one place that uses a network."""
-    check_speech(request, entry)
-    if not request.speech_text or not request.speech_url:
-        return {}
-    folder = settings.cache / "speech" if settings.cache else output_folder(request)
-    key = settings.speech_key.get_secret_value() if settings.speech_key else None
-    voice, model = request.speech_voice or "alloy", request.speech_model or "tts-1"
-    return {"audio": (audio_facts(speak(request.speech_text, request.speech_url, voice, model, folder, key)),)}
+    return read_image(path)[1] if still else probe(path)
 
 
 def existing_names(folder: Path) -> frozenset[str]:

@@ -183,7 +183,6 @@ def test_every_short_name_stands_for_a_field():
         ("| `--sample_steps` | `--steps` |", "| `--sample_steps` | not yet: |"),
         ("| `--sample_steps` | `--steps` |", "| `--sample_steps` | `--num-steps` |"),
         ("| `--sample_steps` | `--steps` |", "| `--sample_stepz` | `--steps` |"),
-        ("| `--control_path` | not yet: Fun Control |", "| `--control_path` | `--control` |"),
         ("`kinema decode FILE`", "`kinema undo FILE`"),
     ],
 )

@@ -67,6 +67,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "kinema.ops": BELOW_OPS,
     "kinema.pose": ("kinema.errors", "kinema.schema", "kinema.media.pixels"),
     "kinema.driving": (*TENSORS, "kinema.media", "kinema.planning.geometry", "kinema.pose"),
+    "kinema.conditioning_flux": (*BELOW_OPS, "kinema.ops"),
     "kinema.control_video": (
         *NOUNS,
         "kinema.tensors",
@@ -78,7 +79,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "kinema.planning.outputs",
     ),
     "kinema.clips": (*BELOW_OPS, "kinema.ops"),
-    "kinema.engine": (*BELOW_OPS, "kinema.clips", "kinema.ops", "kinema.survey", "kinema.residents"),
+    "kinema.engine": (
+        *BELOW_OPS,
+        "kinema.clips",
+        "kinema.conditioning_flux",
+        "kinema.ops",
+        "kinema.survey",
+        "kinema.residents",
+    ),
     "kinema.batch": (*NOUNS, "kinema.request", "kinema.planning", "kinema.engine"),
     "kinema.cli": ("kinema",),
     "kinema": ("kinema",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from kinema.errors import CheckpointError, MachineError, RequestError
 from kinema.planning.geometry import nearest_frames, nearest_multiples, size_by_area, size_by_area_wan22
 from kinema.schema import AREAS, Machine, Plan
-from plan.world import CATALOG, MACHINE, VAE_CONFIG, file, files_of, image, plan, sound
+from plan.world import CATALOG, MACHINE, VAE_CONFIG, file, files_of, image, plan
 
 FIXTURES = Path(__file__).parent / "fixtures.json"
 FIRST = {"first": image(1600, 900)}
@@ -25,7 +26,14 @@ CASES = {
     "wan2.2-t2v-a14b": {},
     "wan2.2-i2v-a14b": {"images": FIRST},
     "wan2.2-ti2v-5b": {},
-    "wan2.2-s2v-14b": {"images": {"reference": image(1200, 1600, "face.png"), "audio": sound(12.0)}},
+    "flux.1-dev": {},
+    "flux.1-schnell": {},
+    "flux.1-krea-dev": {},
+    "flux.1-kontext-dev": {"images": {"reference": image(1600, 900, "room.png")}},
+    "flux.1-fill-dev": {"images": {**FIRST, "mask": image(800, 600, "mask.png")}},
+    "flux.1-canny-dev": {"images": {"control": image(1024, 768, "edges.png")}},
+    "flux.1-depth-dev": {"images": {"control": image(1024, 768, "depth.png")}},
+    "flux.1-redux-dev": {"images": {"reference": image(640, 640, "room.png")}},
 }
 
 
@@ -67,7 +75,8 @@ OFFICIAL = {
     "wan2.2-t2v-a14b": (40, 12, {3, 4}, 81, 16, (1280, 720)),
     "wan2.2-i2v-a14b": (40, 5, {3.5}, 81, 16, (1280, 720)),
     "wan2.2-ti2v-5b": (50, 5, {5}, 121, 24, (1280, 704)),
-    "wan2.2-s2v-14b": (40, 3, {4.5}, 12 * 16 - 3, 16, (704, 960)),
+    "flux.1-dev": (50, math.exp(1.15), {1}, 1, 16, (1024, 1024)),
+    "flux.1-schnell": (4, 1, {1}, 1, 16, (1024, 1024)),
 }
 
 

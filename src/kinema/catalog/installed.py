@@ -15,8 +15,17 @@ from kinema.errors import CatalogError
 from kinema.schema import CatalogEntry
 from kinema.weights.detect import resolve_folder
 
-PARTS = {"text_encoder": "umt5-xxl", "clip_vision": "clip-vit-h", "audio_encoder": "wav2vec2"}
-"""Role -> the shared part that fills it; a vae is that of the entry."""
+PARTS = {
+    "wan": {"text_encoder": "umt5-xxl", "clip_vision": "clip-vit-h", "audio_encoder": "wav2vec2"},
+    "flux": {
+        "vae": "flux-ae",
+        "text_encoder": "t5-xxl",
+        "clip_text": "clip-l",
+        "clip_vision": "sigclip-so400m",
+        "redux": "flux.1-redux-dev",
+    },
+}
+"""Family -> role -> the shared part that fills it; the vae of a Wan model is that of the entry."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,8 @@ def needed_roles(entry: CatalogEntry) -> list[str]:
     needed = ["dit", "vae", "text_encoder"]
     needed += ["dit_high"] if "high" in entry.experts else []
     needed += ["clip_vision"] if entry.structure.get("has_clip_tokens") else []
-    needed += ["audio_encoder"] if entry.structure.get("speech") else []
+    needed += ["clip_text"] if entry.family == "flux" else []
+    needed += ["clip_vision", "redux"] if entry.redux else []
     return needed
 
 
@@ -206,7 +216,7 @@ def _part(
     role: str, entry: CatalogEntry, store: Store, folders: Folders, whole: list[Installed], need: Need | None
 ) -> dict[str, Path]:
     """Return the best installed file of a shared part, with its tokenizer where it came with one."""
-    part = f"{entry.vae}-vae" if role == "vae" else PARTS[role]
+    part = _part_name(role, entry)
     rows = [_row(name, role, store) for name in entry.files.get(role, ())]
     rows += [offer.files[0] for offer in part_offers(part, store)]
     rows += [file for file in store.serving(part) if file.role == role and kind(file.precision) and file not in rows]
@@ -221,6 +231,10 @@ def _part(
     return {}
 
 
+def _part_name(role: str, entry: CatalogEntry) -> str:
+    return PARTS[entry.family].get(role) or f"{entry.vae}-vae"
+
+
 def _where_to_put(entry: CatalogEntry, roles: list[str], store: Store) -> str:
     lines = [f"put them in a models folder under these names, or name each with its flag, for {entry.name}:"]
     lines += [f"  --{role.replace('_', '-')}: {' or '.join(_names(entry, role, store)[:4])}" for role in roles]
@@ -233,5 +247,5 @@ def _names(entry: CatalogEntry, role: str, store: Store) -> list[str]:
     if role.startswith("dit"):
         rows = [file for file in store.serving(entry.name) if file.role == role and not file.tuned]
     else:
-        rows = store.serving(f"{entry.vae}-vae" if role == "vae" else PARTS[role])
+        rows = store.serving(_part_name(role, entry))
     return list(dict.fromkeys([*entry.files.get(role, ()), *(file.place for file in rows if kind(file.precision))]))

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from kinema.errors import CatalogError
 from kinema.schema import CatalogEntry
 
-VAE_FILES = {"wan2.1": "vae21", "wan2.2": "vae22"}
+VAE_FILES = {"wan2.1": "vae21", "wan2.2": "vae22", "flux": "vae_flux"}
 
 
 def load_catalog(extra: Sequence[Path] = ()) -> dict[str, CatalogEntry]:
@@ -81,7 +81,12 @@ def _entry(
 ) -> CatalogEntry:
     fields = dict(row, name=name)
     fields["negative"] = negatives.get(row.get("negative", ""), row.get("negative", ""))
-    files = {"text_encoder": shared.get("text_encoder", ()), **row.get("files", {})}
+    flux = row.get("family") == "flux"
+    files = {"text_encoder": shared.get("t5" if flux else "text_encoder", ()), **row.get("files", {})}
+    if flux:
+        files.setdefault("clip_text", shared.get("clip_text", ()))
+    if row.get("redux"):
+        files |= {"clip_vision": shared.get("siglip", ()), "redux": shared.get("redux", ())}
     files.setdefault("vae", shared.get(VAE_FILES.get(row.get("vae", ""), ""), ()))
     if row.get("structure", {}).get("has_clip_tokens"):
         files.setdefault("clip_vision", shared.get("clip_vision", ()))

@@ -104,6 +104,28 @@ def inspect_files(
     return code
 
 
+def convert(
+    call: Call,
+    source: Annotated[Path, Parameter(name="IN", help="a checkpoint: file, folder, index or shard")],
+    target: Annotated[Path, Parameter(name="OUT", help="a .safetensors or .gguf file")],
+    /,
+    *,
+    to: Annotated[str | None, _switch("what the large matrices become; default: as they are")] = None,
+    names: Annotated[str | None, _switch("official, comfyui, diffusers, transformers or gguf names")] = None,
+) -> int:
+    """Write a checkpoint as another: other numbers, other names, another container; then read it back."""
+    from kinema.cli.inspection import converted_text
+    from kinema.weights.convert import convert as convert_file
+
+    overwrite = make_request(call.fields).overwrite
+    with make_teller(call.json) as teller, Interruption() as cancelled:
+        made = _told(convert_file(source, target, to, names, overwrite=overwrite), teller, cancelled)
+        for note in made.notes:
+            teller.event(note)
+        teller.show(*converted_text(made))
+    return 0
+
+
 def doctor(call: Call) -> int:
     """Say what this machine has: torch, devices, attention, codecs, memory, disk, settings, extras."""
     from kinema.cli.doctor import examine
@@ -135,11 +157,7 @@ def replay(
     return 0
 
 
-def decode(
-    call: Call,
-    latents: Annotated[Path, Parameter(name="LATENTS", help="a latents file of Kinema, or a folder of finished clips")],
-    /,
-) -> int:
+def decode(call: Call, latents: Annotated[Path, Parameter(name="LATENTS", help="a latents file of Kinema")], /) -> int:
     """Make the video of a latents file."""
     request = make_request(call.fields)
     from kinema.engine import Engine
@@ -210,23 +228,6 @@ def drive(
     return 0
 
 
-def resume(
-    call: Call, folder: Annotated[Path, Parameter(name="FOLDER", help="NAME.clips, left by a run that stopped")], /
-) -> int:
-    """Go on with a video made clip by clip, from its finished clips."""
-    request = make_request(call.fields)
-    from kinema.engine import Engine
-
-    with (
-        make_teller(call.json) as teller,
-        Engine(call.configuration.settings) as engine,
-        Interruption() as cancelled,
-    ):
-        for event in engine.resume(folder, request, cancelled=cancelled):
-            teller.event(event)
-    return 0
-
-
 def demo(call: Call) -> int:
     """Make a small video with the model that ships with Kinema."""
     fields = {"prompt": DEMO_PROMPT, "seed": DEMO_SEED, **call.fields, "model": "demo"}
@@ -278,12 +279,12 @@ COMMANDS: dict[str, Command] = {
     "generate": Command(generate, ALL_FIELDS),
     "plan": Command(plan, ALL_FIELDS),
     "inspect": Command(inspect_files),
+    "convert": Command(convert, ("overwrite",)),
     "doctor": Command(doctor),
     "replay": Command(replay),
     "decode": Command(decode, ("output", "save", "overwrite", "quality", "strip")),
     "drive": Command(drive, ("reference", "mask", "size", "frames", "fps", "device", "save", "overwrite", "quality")),
     "control": Command(control, ("size", "frames", "fps", "device", "save", "overwrite", "quality")),
-    "resume": Command(resume, ("output", "save", "overwrite", "quality", "strip")),
     "demo": Command(demo, ("prompt", "first", "last", "seed", "steps", "device", "output", "save", "overwrite")),
     "models": Command(models),
 }

@@ -22,7 +22,6 @@ GROUPS = {
     "what": "What",
     "model": "Model",
     "media": "Input media",
-    "speech": "Speech",
     "shape": "Shape",
     "sampling": "Sampling",
     "machine": "Machine",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kinema.cli.plans import plan_text
 from kinema.cli.tell import gigabytes
 from kinema.errors import CheckpointError, RequestError
 from kinema.schema import FileFacts, Plan
+
+if TYPE_CHECKING:
+    from kinema.weights.convert import Converted
 
 OUTPUT_SUFFIXES = (".mp4", ".webm", ".gif", ".webp", ".png")
 PLAN_KEY = "kinema"
@@ -38,6 +41,18 @@ def inspect_file(path: Path) -> tuple[str, dict[str, Any]]:
     fits = [entry.name for entry in matching_entries(facts.config, load_catalog())] if facts.component == "dit" else []
     data = {"path": str(path), "kind": "weights", **facts.model_dump(mode="json"), "models": fits}
     return _weights_text(facts, fits), data
+
+
+def converted_text(made: Converted) -> tuple[str, dict[str, Any]]:
+    """Return what was written and what that changed, as text and as data."""
+    proof, facts = made.proof, made.facts
+    changed = "every number as it was"
+    if proof.error:
+        changed = f"numbers changed by {proof.error:.2%}, at most {proof.worst:.2%} ({proof.worst_name})"
+    held = facts.quantisation or facts.dtype
+    text = f"{facts.path}\n  {held}, {facts.dialect} names, {gigabytes(facts.bytes)}; read back: {changed}"
+    data = {"event": "result", "paths": [str(facts.path)], "error": proof.error, "worst": proof.worst}
+    return text, {**data, "worst_name": proof.worst_name, "facts": facts.model_dump(mode="json")}
 
 
 def embedded_plan(path: Path) -> Plan | None:

@@ -47,8 +47,6 @@ def _facts(plan: Plan) -> Table:
         "size": f"{plan.width}x{plan.height}",
         "frames": f"{plan.frames} at {plan.fps:g} fps, {plan.frames / plan.fps:.2f} s",
         "latent grid": f"{latent_frames} frames of {columns}x{rows}, {channels} channels; {plan.tokens} tokens",
-        "clips": f"{len(plan.clips)} of {plan.clips[0].frames} frames" if plan.clips else "",
-        "sound": f"{plan.sound.path}, {plan.sound.seconds:.2f} s from {plan.sound.start:.4g} s" if plan.sound else "",
         "images": ", ".join(f"{image.role} {image.path}" for image in plan.images),
         "seeds": ", ".join(map(str, plan.seeds)),
         "sampling": f"{plan.solver}, {len(plan.steps)} steps, shift {plan.shift:g}"
@@ -74,7 +72,6 @@ def _files(plan: Plan) -> Table:
     }
     refs |= {"text encoder": plan.text_encoder, "vae": plan.vae}
     refs |= {"clip vision": plan.clip_vision} if plan.clip_vision else {}
-    refs |= {"audio encoder": plan.audio_encoder} if plan.audio_encoder else {}
     for name, ref in refs.items():
         files = str(ref.files[0]) + (f" and {len(ref.files) - 1} more" if len(ref.files) > 1 else "")
         table.add_row(name, _plain(files), ref.dialect, _held(ref), gigabytes(ref.bytes))

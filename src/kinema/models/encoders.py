@@ -242,6 +242,25 @@ def encode_prompts(
     return tuple(rows)
 
 
+@torch.no_grad()
+def encode_padded(
+    encoder: UMT5, tokenizer: Tokenizer, prompts: Sequence[str], text_len: int = 512
+) -> tuple[Tensor, ...]:
+    """Return one features_SD a prompt, float32, of `text_len` rows: padded with token 0, attended like any other.
+
+    FLUX's T5 was run without a mask in training, and still is.
+    """
+    rows = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt, text_len).ids
+        padded = [*ids, *([0] * (text_len - len(ids)))]
+        row_SD = encoder.encode(torch.tensor([padded]))[0]
+        if not row_SD.isfinite().all():
+            raise NumericsError("the text encoder gave a value that is not finite", stage="encode text")
+        rows.append(row_SD)
+    return tuple(rows)
+
+
 # --- CLIP vision -------------------------------------------------------------------------------------
 
 

@@ -169,8 +169,6 @@ class FluxVAE(nn.Module):
 
     spatial_stride = 8
     temporal_stride = 1
-    latent_mean: Tensor
-    latent_std: Tensor
 
     def __init__(self, config: FluxVAEConfig) -> None:
         super().__init__()

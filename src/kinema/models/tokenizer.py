@@ -1,4 +1,4 @@
-"""The umT5 tokenizer: prompt to token ids, from any form in which its model is published.
+"""The umT5 and T5 tokenizers: prompt to token ids, from any form in which their models are published.
 
 Owns cleaning and truncation of prompts. Knows nothing of the encoder; sentencepiece, tokenizers and ftfy are imported
 when first needed, so that importing this module costs nothing.
@@ -27,7 +27,8 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer:
-    """umT5 tokenizer: prompt to token ids, cleaned and cut as the official code does.
+    """umT5 tokenizer: prompt to token ids, cleaned and cut as the official code does. With `cleans` unset T5's, as FLUX
+    takes it: the prompt goes to the model as it stands.
 
     Special tokens written in a prompt (</s>, <s>, <pad>, <unk>, <extra_id_0> to <extra_id_299>) become those tokens, as
     in the official tokenizer; a space before one is a token of its own. A sentencepiece model holds no <extra_id_N>:
@@ -38,6 +39,7 @@ class Tokenizer:
     def __init__(self, pieces: Callable[[str], list[int]], eos: int) -> None:
         self._pieces = pieces
         self._eos = eos
+        self.cleans = True
 
     @classmethod
     def from_bytes(cls, spiece: bytes, name: str = "spiece_model") -> Tokenizer:
@@ -82,7 +84,7 @@ class Tokenizer:
 
     def encode(self, prompt: str, text_len: int = 512) -> Tokens:
         """Return at most text_len ids, the last being </s>, and how many tokens had to be cut."""
-        ids = self._pieces(clean(prompt))
+        ids = self._pieces(clean(prompt) if self.cleans else prompt)
         cut = max(0, len(ids) - (text_len - 1))
         return Tokens((*ids[: text_len - 1], self._eos), cut)
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from kinema.errors import CheckpointError, RequestError
+from kinema.planning.flux import PARTS as FLUX_PARTS
+from kinema.planning.flux import check_flux
 from kinema.planning.geometry import LATENT_CHANNELS
 from kinema.schema import CatalogEntry, Facts, FileFacts, Request
+
+VAE_FILES = {"wan2.1": "wan_2.1_vae.safetensors", "wan2.2": "wan2.2_vae.safetensors", "flux": "ae.safetensors"}
 
 MEDIA_FIELDS = tuple(
     name
     for name, field in Request.model_fields.items()
     if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("group") == "media"
 )
-
-
-NEEDED = {
-    "first": "an image for frame 0",
-    "last": "an image for the last frame",
-    "reference": "a reference image",
-    "audio": "speech or music, or --speech-text",
-}
-"""What a model asks for that lacks a medium."""
 
 
 def check_media(request: Request, entry: CatalogEntry) -> None:
@@ -37,10 +32,10 @@ def check_media(request: Request, entry: CatalogEntry) -> None:
                 allowed=list(entry.takes),
             )
     for field in entry.needs:
-        if not getattr(request, field) and not (field == "audio" and request.speech_text):
+        if not getattr(request, field):
             raise RequestError(
-                f"{entry.name} needs {NEEDED.get(field, field)}",
-                f"pass --{field} {'FILE' if field == 'audio' else 'IMAGE'}, or take a text-to-video model",
+                f"{entry.name} needs {'an image for frame 0' if field == 'first' else 'an image for the last frame'}",
+                f"pass --{field} IMAGE, or take a text-to-video model",
                 field=field,
                 got=None,
             )
@@ -57,13 +52,13 @@ def _who_takes(field: str) -> str:
     models = {
         "first": "wan2.2-i2v-a14b, wan2.2-ti2v-5b or wan2.1-i2v-14b-720p",
         "last": "wan2.2-i2v-a14b or wan2.1-flf2v-14b",
-        "audio": "wan2.2-s2v-14b",
     }
     return f"models that take one: {models[field]}" if field in models else "no model of this version takes one"
 
 
 def check_components(request: Request, entry: CatalogEntry, facts: Facts) -> None:
     """Raise unless the files found are the parts of this model and fit each other."""
+    _check_family(request, entry, facts)
     two = "high" in entry.experts
     for field in ("dit_high", "guidance_high", "boundary"):
         value = getattr(request, field)
@@ -106,11 +101,35 @@ def check_components(request: Request, entry: CatalogEntry, facts: Facts) -> Non
         raise CheckpointError(
             f"{entry.name} needs the {entry.vae} VAE ({LATENT_CHANNELS[entry.vae]} latent channels); "
             f"{vae.path} has {vae.config.get('z_dim')}",
-            f"pass --vae {'wan2.2_vae' if entry.vae == 'wan2.2' else 'wan_2.1_vae'}.safetensors",
+            f"pass --vae {VAE_FILES[entry.vae]}",
             path=str(vae.path),
             expected=LATENT_CHANNELS[entry.vae],
             found=vae.config.get("z_dim"),
         )
+
+
+def _check_family(request: Request, entry: CatalogEntry, facts: Facts) -> None:
+    """Raise for parts of FLUX in a Wan model and the other way about, and for fields of the other family."""
+    if entry.family == "flux":
+        check_flux(request, entry, facts)
+        return
+    for role, file in facts.files.items():
+        if file.component in FLUX_PARTS.values():
+            raise CheckpointError(
+                f"{file.path} is no part of {entry.name}: {file.structure}",
+                f"pass the {role.replace('_', ' ')} of {entry.name} with --{role.replace('_', '-')}",
+                path=str(file.path),
+                found=file.component,
+            )
+    for field in ("clip_text", "clip_tokenizer", "redux", "true_guidance"):
+        value = getattr(request, field)
+        if value is not None:
+            raise RequestError(
+                f"{entry.name} is no FLUX model: --{field.replace('_', '-')} {value} means nothing to it",
+                "leave it out" + ("; --guidance runs the negative prompt" if field == "true_guidance" else ""),
+                field=field,
+                got=str(value),
+            )
 
 
 def _check_dit(entry: CatalogEntry, file: FileFacts, role: str) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from kinema.planning import flux_cost
+from kinema.planning.flux_cost import is_flux
 from kinema.schema import Machine, ModelRef, Plan, StageCost, calibration_key
 
 Config = Mapping[str, Any]
@@ -39,22 +41,17 @@ def estimate(plan: Plan, machine: Machine) -> tuple[StageCost, ...]:
                 peak += size
         loaded += [ref for ref in refs if ref not in loaded]
         seconds = predict_seconds(amounts[stage], machine.calibration, stage)
-        if seconds is not None and stage in ("sample", "decode"):
-            seconds *= max(1, len(plan.clips))
         costs.append(StageCost(stage=stage, peak_bytes=round(peak), seconds=seconds))
     return tuple(costs)
 
 
 def work(plan: Plan) -> dict[str, float]:
-    """Return the work of each stage for one seed, or for one clip of it: FLOPs, of "load" bytes.
-
-    Stages the plan lacks are left out.
-    """
+    """Return the work of each stage for one seed: FLOPs, of "load" bytes. Stages the plan lacks are left out."""
     texts = [plan.prompt, *([plan.negative] if _branches(plan) > 1 else [])]
     tokens = [min(len(text.encode()) / 4 + 2, plan.text_len) for text in texts]  # about 4 bytes a token
     _, frames, height, width = plan.latent
     amounts = {"encode text": sum(text_encoder_flops(plan.text_encoder.config, count) for count in tokens)}
-    if plan.images and not plan.clips:
+    if plan.images:
         latent_frames = frames if plan.first_frame == "concat" else 1
         amounts["encode images"] = vae_encode_flops(plan.vae.config, latent_frames, height, width)
         if plan.clip_vision is not None:
@@ -66,8 +63,7 @@ def work(plan: Plan) -> dict[str, float]:
         for expert, ref in plan.experts.items()
     }
     amounts["sample"] = sum(dit[step.expert] * (1 if step.guidance == 1.0 else 2) for step in plan.steps)
-    history = (plan.speech.history_frames + 3) // 4 if plan.speech else 0  # decoded again, for the VAE to see
-    amounts["decode"] = vae_decode_flops(plan.vae.config, frames + history, height, width)
+    amounts["decode"] = vae_decode_flops(plan.vae.config, frames, height, width)
     return amounts
 
 
@@ -90,20 +86,15 @@ def dit_flops(config: Config, frames: int, height: int, width: int, text_rows: i
     frames, height, width  of the latents; a token is 1x2x2 of them.
     text_rows              rows of text that are attended.
     """
+    tokens = frames * (height // 2) * (width // 2)
+    if is_flux(config):
+        return flux_cost.transformer_flops(config, tokens, text_rows)
     d, ffn = config["dim"], config["ffn_dim"]
-    tokens = _tokens(config, frames, height, width)
     matrices = 12 * tokens * d * d + 4 * tokens * d * ffn  # q k v o, cross q o, feed-forward
     attention = 4 * tokens * d * (tokens + text_rows + clip_tokens)
     edges = 8 * tokens * d * (config["in_channels"] + config["out_channels"])
     time = 2 * d * (config.get("freq_dim", 256) + 7 * d)
     return float(config["num_layers"] * (matrices + attention) + edges + time)
-
-
-def _tokens(config: Config, frames: int, height: int, width: int) -> int:
-    """Tokens of a forward, those that S2V puts behind the video's among them: a reference, and packed motion."""
-    cells = height * width
-    behind = cells // 4 + cells // 4 + cells // 16 + 4 * (cells // 64) if config.get("speech") else 0
-    return frames * (height // 2) * (width // 2) + behind
 
 
 def context_flops(config: Config, text_rows: int, clip_tokens: int = 0) -> float:
@@ -157,6 +148,8 @@ class _Conv(NamedTuple):
 
 
 def _vae_flops(config: Config, frames: int, cells: int, layers: Any) -> float:
+    if is_flux(config):
+        return flux_cost.autoencoder_flops(config, cells, decoder=layers is _decoder)
     deepest = config["dim_mult"][-1] * _width(config, layers is _decoder)
     attention = 4 * deepest * (4 * deepest // 2 + cells)  # qkv and proj, then scores and values, per cell and frame
 
@@ -233,7 +226,7 @@ def _encoder(config: Config, first: bool) -> Iterator[_Conv]:
 def _models(plan: Plan) -> dict[str, list[ModelRef]]:
     """Return the models of each stage, in the order they run."""
     stages = {"encode text": [plan.text_encoder]}
-    if plan.images and not plan.clips:
+    if plan.images:
         stages["encode images"] = [plan.vae, *([plan.clip_vision] if plan.clip_vision else [])]
     experts = list(plan.experts.values())
     return stages | {"load": [plan.experts[plan.steps[0].expert]], "sample": experts, "decode": [plan.vae]}
@@ -280,8 +273,10 @@ def dit_activation_bytes(
     float32 pair of a rotation are alive, or the feed-forward's two hidden rows. Keys and values of the
     context are kept for every branch.
     """
+    tokens = frames * (height // 2) * (width // 2)
+    if is_flux(config):
+        return branches * flux_cost.transformer_bytes(config, tokens, text_rows, dtype_bytes)
     d, ffn = config["dim"], config["ffn_dim"]
-    tokens = _tokens(config, frames, height, width)
     attention = 4 * d * dtype_bytes + 16 * d
     feed_forward = (2 * ffn + d) * dtype_bytes + 4 * d
     context = branches * config["num_layers"] * 2 * text_rows * d * dtype_bytes
@@ -296,6 +291,8 @@ def vae_activation_bytes(
     height, width  of the latents, or of a tile of them; chunk: latent frames at a time.
     """
     cells = height * width
+    if is_flux(config):
+        return flux_cost.autoencoder_bytes(config, cells, dtype_bytes, decoder=decoder)
     convs = list((_decoder if decoder else _encoder)(config, first=False))
     memory = sum(2 * c.in_channels * c.area for c in convs if c.history)
     # Input, its copy with two remembered frames in front, output, and the block's own input for the shortcut.

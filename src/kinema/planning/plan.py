@@ -14,19 +14,13 @@ from kinema.errors import MachineError, RequestError
 from kinema.planning.camera import plan_camera
 from kinema.planning.checks import check_components, check_media
 from kinema.planning.cost import estimate
+from kinema.planning.flux import flux_images, plan_flux
 from kinema.planning.geometry import LATENT_CHANNELS, PATCH, SPATIAL_STRIDE, latent_frames
 from kinema.planning.lora import plan_loras, step_strengths, with_loras, with_preset
 from kinema.planning.outputs import plan_output
 from kinema.planning.quantisation import multiplied, quantised
 from kinema.planning.shape import plan_images, plan_length, plan_size, plan_tile
-from kinema.planning.speech import (
-    check_audio_encoder,
-    check_speech,
-    note_mute_outputs,
-    plan_reference,
-    plan_speech,
-)
-from kinema.sampling.schedule import TRAIN_TIMESTEPS, Schedule, expert_of, schedule
+from kinema.sampling.schedule import TRAIN_TIMESTEPS, Schedule, expert_of, flux_shift, schedule
 from kinema.schema import (
     AREAS,
     CatalogEntry,
@@ -34,6 +28,7 @@ from kinema.schema import (
     Expert,
     Facts,
     FileFacts,
+    FluxPlan,
     Machine,
     ModelRef,
     Note,
@@ -55,20 +50,16 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     notes: list[Note] = list(facts.notes)
     check_media(request, entry)
     check_components(request, entry, facts)
-    check_speech(request, entry)
     task = _task(request, entry)
     width, height = plan_size(request, entry, facts, notes)
-    driven = plan_speech(request, entry, facts, notes) if entry.structure.get("speech") else None
     frames, fps = plan_length(request, entry, notes)
-    if driven:
-        frames = sum(clip.shown for clip in driven.clips)
     stride = SPATIAL_STRIDE[entry.vae]
-    depth = driven.latent_frames if driven else latent_frames(frames)
-    latent = (LATENT_CHANNELS[entry.vae], depth, height // stride, width // stride)
+    latent = (LATENT_CHANNELS[entry.vae], latent_frames(frames), height // stride, width // stride)
     precision: Precision = request.precision or "fast"
     loras = plan_loras(request, entry, facts, notes)
     entry = with_preset(entry, loras.preset)
-    shift = _shift(request, entry, width * height)
+    tokens = latent[1] * (latent[2] // PATCH) * (latent[3] // PATCH)
+    shift = _shift(request, entry, width * height, tokens)
     boundary = _boundary(request, entry)
     steps = _steps(request, entry, shift, boundary, notes, loras.preset)
     steps = step_strengths(steps, loras, request, notes)
@@ -78,10 +69,6 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
             Note(about=field, text=f"its last {count} tokens are left out: {entry.name} reads {entry.text_len}")
         )
     seeds = _seeds(request)
-    output = plan_output(request, facts, seeds, frames, prompt, notes)
-    if driven:
-        check_audio_encoder(facts)
-        note_mute_outputs(output.kinds, notes)
     plan = Plan(
         kinema=VERSION,
         request=request,
@@ -95,24 +82,19 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         clip_vision=_clip(entry, facts, precision),
         loras=loras.reports,
         preset=loras.preset.name if loras.preset else None,
-        audio_encoder=_ref(facts.files["audio_encoder"], facts.machine, "float32") if driven else None,
         prompt=prompt,
         negative=negative,
         text_len=entry.text_len,
-        images=(plan_reference(facts, (width, height), notes),)
-        if driven
-        else plan_images(request, entry, facts, (width, height), notes),
+        images=(flux_images if entry.family == "flux" else plan_images)(request, entry, facts, (width, height), notes),
         first_frame=_first_frame(request, entry, facts),
         camera=plan_camera(request.camera, next(iter(facts.media.get("camera", ())), None), frames, fps, notes),
+        flux=_flux(request, entry, facts),
         width=width,
         height=height,
         frames=frames,
         fps=fps,
         latent=latent,
-        tokens=latent[1] * (latent[2] // PATCH) * (latent[3] // PATCH),
-        clips=driven.clips if driven else (),
-        speech=driven.speech if driven else None,
-        sound=driven.sound if driven else None,
+        tokens=tokens,
         seeds=seeds,
         solver=request.solver or entry.solver,
         shift=shift,
@@ -122,22 +104,31 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         device=facts.machine.device,
         tile=plan_tile(request, stride),
         chunk=request.chunk or 1,
-        output=output,
+        output=plan_output(request, facts, seeds, frames, prompt, notes),
         notes=tuple(notes),
     )
     return _with_costs(plan, facts)
 
 
 def _task(request: Request, entry: CatalogEntry) -> str:
-    if entry.structure.get("speech"):
-        return "speech to video"
+    if entry.family == "flux":
+        given = [name for name in ("first", "control", "reference") if getattr(request, name)]
+        return "image to image" if given else "text to image"
     if request.frames == 1:
         return "text to image"
     given = [name for name in ("first", "last") if getattr(request, name)]
     return {0: "text to video", 1: "image to video", 2: "first and last frame to video"}[len(given)]
 
 
+def _flux(request: Request, entry: CatalogEntry, facts: Facts) -> FluxPlan | None:
+    if entry.family != "flux":
+        return None
+    return plan_flux(request, entry, facts, lambda file: _ref(file, facts.machine, "float32"))
+
+
 def _first_frame(request: Request, entry: CatalogEntry, facts: Facts) -> Any:
+    if entry.family == "flux":
+        return "none"
     if entry.first_frame == "overwrite":
         return "overwrite" if request.first else "none"
     return "concat" if facts.files["dit"].config["in_channels"] > LATENT_CHANNELS[entry.vae] else "none"
@@ -146,9 +137,11 @@ def _first_frame(request: Request, entry: CatalogEntry, facts: Facts) -> Any:
 # --- sampling ------------------------------------------------------------------------------------
 
 
-def _shift(request: Request, entry: CatalogEntry, area: int) -> float:
+def _shift(request: Request, entry: CatalogEntry, area: int, tokens: int) -> float:
     if request.shift is not None:
         return request.shift
+    if entry.shift_by_tokens:
+        return flux_shift(tokens)
     return entry.shift_480p if entry.shift_480p and area <= AREAS["480p"] else entry.shift
 
 
@@ -169,7 +162,10 @@ def _steps(
     if preset and preset.sigmas and request.steps in (None, preset.steps) and request.shift is None:
         grid = Schedule((*preset.sigmas, 0.0), tuple(sigma * TRAIN_TIMESTEPS for sigma in preset.sigmas))
     steps = []
-    for sigma, timestep in zip(grid.sigmas, grid.timesteps, strict=False):
+    # FLUX was never shown whole timesteps, whichever solver asks.
+    exact = entry.family == "flux"
+    timesteps = [TRAIN_TIMESTEPS * sigma for sigma in grid.sigmas[:-1]] if exact else grid.timesteps
+    for sigma, timestep in zip(grid.sigmas, timesteps, strict=False):
         expert: Expert = "model" if boundary is None else expert_of(timestep, boundary)
         steps.append(PlanStep(sigma=sigma, timestep=timestep, expert=expert, guidance=guidance[expert]))
     for expert in entry.experts:
@@ -179,6 +175,8 @@ def _steps(
 
 
 def _guidance(request: Request, entry: CatalogEntry, notes: list[Note]) -> dict[str, float]:
+    if entry.family == "flux":
+        return {"model": 1.0 if request.true_guidance is None else request.true_guidance}
     low = request.guidance if request.guidance is not None else entry.guidance
     if "high" not in entry.experts:
         return {"model": low}
@@ -195,7 +193,7 @@ def _guidance(request: Request, entry: CatalogEntry, notes: list[Note]) -> dict[
 
 def _texts(request: Request, entry: CatalogEntry, steps: Sequence[PlanStep], notes: list[Note]) -> tuple[str, str]:
     prompt = (request.prompt or "").strip()
-    if not prompt and not request.first and not request.reference:
+    if not prompt and not (request.first or request.reference):
         raise RequestError(
             f"no prompt: {entry.name} has nothing to show",
             'pass a text, for example: kinema generate "a cat walks on grass"',
@@ -256,11 +254,12 @@ def _experts(
     request: Request, entry: CatalogEntry, facts: Facts, precision: Precision, notes: list[Note]
 ) -> dict[Expert, ModelRef]:
     dtype = _dtype(precision, facts.machine)
+    config = {"text_len": entry.text_len} if entry.family == "wan" else {}
     roles: Mapping[Expert, str] = {"high": "dit_high", "low": "dit", "model": "dit"}
     refs = {}
     for expert in entry.experts:
         file = facts.files[roles[expert]]
-        ref = _ref(file, facts.machine, dtype, config={"text_len": entry.text_len})
+        ref = _ref(file, facts.machine, dtype, config=config)
         refs[expert] = quantised(ref, file, request.quantise, "quantise", notes)
     return multiplied(refs, request, facts.machine, notes)
 

@@ -6,11 +6,9 @@ from kinema.errors import RequestError
 from kinema.planning.geometry import (
     PATCH,
     SPATIAL_STRIDE,
-    SPEECH_MULTIPLE,
     nearest_frames,
     nearest_multiples,
     size_by_area,
-    size_by_area_speech,
     size_by_area_wan22,
 )
 from kinema.schema import AREAS, CatalogEntry, Facts, ImagePlan, Note, Request
@@ -19,10 +17,9 @@ from kinema.schema import AREAS, CatalogEntry, Facts, ImagePlan, Note, Request
 def plan_size(request: Request, entry: CatalogEntry, facts: Facts, notes: list[Note]) -> tuple[int, int]:
     multiple = SPATIAL_STRIDE[entry.vae] * PATCH
     by_area = size_by_area_wan22 if entry.vae == "wan2.2" else size_by_area
-    image = next(iter(facts.media.get("first", ())), None)
-    if entry.structure.get("speech"):
-        multiple, by_area = SPEECH_MULTIPLE, size_by_area_speech
-        image = next(iter(facts.media.get("reference", ())), None)
+    image = next((media for role in ("first", "control", "reference") for media in facts.media.get(role, ())), None)
+    if entry.family == "wan":
+        image = next(iter(facts.media.get("first", ())), None)
     if request.size and request.size not in AREAS:
         width, height = (int(side) for side in request.size.split("x"))
         _check_sides(width, height, multiple)
@@ -82,7 +79,7 @@ def plan_length(request: Request, entry: CatalogEntry, notes: list[Note]) -> tup
             allowed="4n+1",
             nearest=near[0],
         )
-    if (request.first or request.last) and frames == 1:
+    if (request.first or request.last) and frames == 1 and entry.family == "wan":
         raise RequestError(
             "frames 1 leaves nothing to make beside the given image; at least 5 are needed",
             f"pass --frames {entry.frames}",

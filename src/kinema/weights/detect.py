@@ -17,13 +17,13 @@ from torch import nn
 from kinema.schema import Component, FileFacts
 from kinema.weights.files import TensorFile
 from kinema.weights.folders import find_tokenizer, resolve_folder
-from kinema.weights.keys import Translation, translate
+from kinema.weights.keys import Translation, components_of, translate
 from kinema.weights.quantised.layers import packable
 from kinema.weights.quantised.schemes import describe, open_weights
 from kinema.weights.quantised.stored import StoredPacked
 from kinema.weights.structure import MODELS, Shapes, build_for
 
-__all__ = ["find_tokenizer", "inspect", "resolve_folder"]
+__all__ = ["components_in", "find_tokenizer", "inspect", "resolve_folder"]
 
 
 def inspect(path: Path | str | Sequence[Path], component: Component | None = None) -> FileFacts:
@@ -61,6 +61,11 @@ def inspect(path: Path | str | Sequence[Path], component: Component | None = Non
         has_tokenizer="spiece_model" in file,
         name_suggests=name_suggests(file.path) if translation.dialect.component == "dit" else None,
     )
+
+
+def components_in(path: Path | str | Sequence[Path]) -> tuple[Component, ...]:
+    """Return the components a checkpoint holds: several of an all-in-one file, none of one that is not known."""
+    return components_of(open_weights(path))
 
 
 def name_suggests(path: Path) -> Literal["high", "low"] | None:

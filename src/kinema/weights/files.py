@@ -112,6 +112,12 @@ class TensorFile:
         stored = self._stored(name)
         return stored.packed() if isinstance(stored, StoredPacked) else None
 
+    def release(self) -> None:
+        """Give back the memory of pages that were read; they are read again when used."""
+        for tensor in self._tensors.values():
+            data = tensor.data if isinstance(tensor, StoredPacked) else tensor
+            data.file.release()
+
     def stored(self) -> dict[str, StoredTensor | StoredPacked]:
         """Return where every tensor lies."""
         return dict(self._tensors)

@@ -30,6 +30,9 @@ COMFY_FOLDERS = {
 AUDIO_ENCODER_FOLDER = "wav2vec2-large-xlsr-53-english"
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 TOKENIZER_FOLDERS = ("google/umt5-xxl", "tokenizer", "umt5-xxl")
+T5_FOLDERS = ("tokenizer_2", "google/t5-v1_1-xxl", "t5-v1_1-xxl", "t5xxl")
+CLIP_FOLDERS = ("tokenizer", "openai/clip-vit-large-patch14", "clip-vit-large-patch14", "clip_l")
+CLIP_FILES = ("tokenizer.json", "vocab.json")
 
 
 def resolve_folder(folder: Path, given: Collection[str] = ()) -> dict[str, Path]:
@@ -47,24 +50,34 @@ def resolve_folder(folder: Path, given: Collection[str] = ()) -> dict[str, Path]
         roles = _comfyui(folder, given)
     else:
         roles = _official(folder, given)
+    if "clip_text" in roles:  # FLUX has two tokenizers, found for each encoder apart
+        return {role: path for role, path in roles.items() if role not in given}
     tokenizer = find_tokenizer(roles.get("text_encoder", folder)) or find_tokenizer(folder)
     if tokenizer:
         roles["tokenizer"] = tokenizer
     return {role: path for role, path in roles.items() if role not in given}
 
 
-def find_tokenizer(path: Path, roots: Sequence[Path] = ()) -> Path | None:
-    """Return the umT5 tokenizer: `path` itself if it is one, else beside it, else in one of the folders `roots`."""
-    if path.is_file() and path.name in TOKENIZER_FILES:
+def find_tokenizer(
+    path: Path,
+    roots: Sequence[Path] = (),
+    names: Sequence[str] = TOKENIZER_FOLDERS,
+    files: Sequence[str] = TOKENIZER_FILES,
+) -> Path | None:
+    """Return a tokenizer: `path` itself if it is one, else beside it, else in one of the folders `roots`.
+
+    names  folders it may lie in; umT5's are the default. files: what it may be called.
+    """
+    if path.is_file() and path.name in files:
         return path
     beside = path if path.is_dir() else path.parent
-    places = [beside, *(beside / name for name in TOKENIZER_FOLDERS)]
-    if beside.name in ("text_encoder", "text_encoders", "clip"):
-        places += [beside.parent / name for name in TOKENIZER_FOLDERS]
+    places = [beside, *(beside / name for name in names)]
+    if beside.name in ("text_encoder", "text_encoder_2", "text_encoders", "clip"):
+        places += [beside.parent / name for name in names]
     for root in roots:
-        places += [root / name for name in TOKENIZER_FOLDERS]
-        places += [root / kind / name for kind in COMFY_FOLDERS["text_encoder"] for name in ("", *TOKENIZER_FOLDERS)]
-    return next((place / name for place in places for name in TOKENIZER_FILES if (place / name).is_file()), None)
+        places += [root / name for name in names]
+        places += [root / kind / name for kind in COMFY_FOLDERS["text_encoder"] for name in ("", *names)]
+    return next((place / name for place in places for name in files if (place / name).is_file()), None)
 
 
 # --- layouts ---------------------------------------------------------------------------------------
@@ -74,6 +87,8 @@ def _diffusers(folder: Path, index: dict[str, Any], given: Collection[str]) -> d
     parts = {name for name, row in index.items() if isinstance(row, list) and row[:1] != [None]}
     present = {name for name in parts if (folder / name).is_dir()}
     names = {"vae": "vae", "text_encoder": "text_encoder", "clip_vision": "image_encoder"}
+    if str(index.get("_class_name")).startswith("Flux"):
+        names = {"vae": "vae", "text_encoder": "text_encoder_2", "clip_text": "text_encoder"}
     roles = {role: folder / name for role, name in names.items() if name in present}
     if "transformer_2" not in parts and "transformer" in present:
         roles["dit"] = folder / "transformer"

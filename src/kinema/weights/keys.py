@@ -80,11 +80,15 @@ class Translation:
             tensor = torch.cat(tuple(reversed(tensor.chunk(2))))
         return tensor.reshape((1,) * source.lead + tensor.shape + (1,) * source.tail)
 
+    def is_one(self, official: str) -> bool:
+        """Whether the official tensor is one tensor of the file just as it is."""
+        source = self.sources.get(official, Source())
+        return len(source.parts) == 1 and not (source.lead or source.tail or source.swap)
+
     def stays_packed(self, file: TensorFile, official: str) -> bool:
         """Whether the official tensor is one packed matrix of the file, not to be joined or reshaped."""
-        source = self.sources.get(official, Source())
-        single = len(source.parts) == 1 and not (source.lead or source.tail or source.swap)
-        return single and file.is_packed(source.names[0]) and len(file.shape(source.names[0])) == 2
+        name = self.sources[official].names[0] if self.is_one(official) else None
+        return name is not None and file.is_packed(name) and len(file.shape(name)) == 2
 
     def packed(self, file: TensorFile, official: str) -> Packed | None:
         """Return the official tensor in its packed form, mapped; None where it does not stay packed."""
@@ -320,7 +324,7 @@ def translate(file: TensorFile, component: Component | None = None) -> Translati
     copies: list[tuple[str, str, Rule]] = []
     for name in file:
         bare = name.removeprefix(dialect.prefix)
-        rule = _rule(dialect, bare) if name.startswith(dialect.prefix) else None
+        rule = rule_of(dialect, bare) if name.startswith(dialect.prefix) else None
         if pattern := _matching(dialect.ignore, name):
             ignored.setdefault(pattern, []).append(name)
         elif rule is None:
@@ -356,7 +360,8 @@ def _recognise(file: TensorFile, component: Component | None = None) -> Dialect 
     return next((row for row in rows if all(row.prefix + mark in file for mark in row.marks)), None)
 
 
-def _rule(dialect: Dialect, name: str) -> Rule | None:
+def rule_of(dialect: Dialect, name: str) -> Rule | None:
+    """Return the rule that says what a name without its prefix means."""
     return next((rule for rule in dialect.rules if re.fullmatch(rule.pattern, name)), None)
 
 

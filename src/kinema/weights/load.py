@@ -94,11 +94,14 @@ def _rounded(weight: Tensor, ref: ModelRef, name: str) -> Packed:
     return quantise(weight, kind, scales)
 
 
-def load_tokenizer(encoder: Sequence[Path], tokenizer: Path | None) -> Tokenizer:
+def load_tokenizer(encoder: Sequence[Path], tokenizer: Path | None, component: Component = "text_encoder") -> Tokenizer:
     """Return the tokenizer at `tokenizer`, or without one that inside the text encoder's files."""
     if tokenizer is not None:
-        return Tokenizer.from_path(tokenizer)
-    return Tokenizer.from_bytes(open_tensors(encoder).get("spiece_model").numpy().tobytes())
+        found = Tokenizer.from_path(tokenizer)
+    else:
+        found = Tokenizer.from_bytes(open_tensors(encoder).get("spiece_model").numpy().tobytes())
+    found.cleans = component != "t5"
+    return found
 
 
 def _placed(

@@ -53,6 +53,11 @@ class MappedFile:
             flags = mmap.MAP_PRIVATE | MAP_NORESERVE
             return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
+    def release(self) -> None:
+        """Give back the memory of pages read so far. For maps nobody writes to: a private copy would be lost."""
+        if "buffer" in self.__dict__ and hasattr(mmap, "MADV_DONTNEED"):
+            self.buffer.madvise(mmap.MADV_DONTNEED)
+
 
 @dataclass(frozen=True)
 class StoredTensor:

@@ -99,11 +99,12 @@ def hadamard(size: int) -> Tensor:
 # --- numbers to bytes --------------------------------------------------------------------------------
 
 
-def quantise(weight: Tensor, kind: str, scales: str = "channel") -> Packed:
+def quantise(weight: Tensor, kind: str, scales: str = "channel", scale: Tensor | None = None) -> Packed:
     """Return the weight rounded to a kind, where the weight is.
 
     kind    of NUMBER_TYPES, or of the BLOCK_TYPES that can be written; rows must be a multiple of a block.
     scales  for numbers: "none", "tensor", "channel" (one a row), or "64" (one for each 64 weights of a row).
+    scale   that of a whole tensor of which these are some rows.
     """
     shape = tuple(weight.shape)
     if kind in BLOCK_TYPES:
@@ -111,9 +112,9 @@ def quantise(weight: Tensor, kind: str, scales: str = "channel") -> Packed:
         assert block.quantise is not None, f"{kind} is only read"
         data = block.quantise(weight.float().reshape(-1, block.weights))
         return Packed(kind, shape, data.view(*shape[:-1], shape[-1] // block.weights * block.bytes))
-    numbers, scale = weight.float(), None
+    numbers = weight.float()
     if scales != "none":
-        scale = _scale(numbers, kind, scales)
+        scale = _scale(numbers, kind, scales) if scale is None else scale
         parts = scale.shape[1] if scale.ndim else 1
         numbers = (numbers.unflatten(-1, (parts, -1)) / scale[..., None]).flatten(-2)
     if kind == "int8":

@@ -1,0 +1,94 @@
+"""From a plan to what FLUX.1 is told: text rows, pooled text, channels and further images.
+
+What is made of which input is written in the plan; which models stay loaded is the caller's.
+Source: black-forest-labs/flux src/flux/sampling.py prepare, prepare_fill, prepare_control, prepare_kontext,
+prepare_redux (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kinema.media.image import read_image
+from kinema.models.clip_text import ClipText, ClipTokenizer
+from kinema.models.flux_vae import FluxVAE
+from kinema.models.siglip import Redux, Siglip
+from kinema.ops import read_planned
+from kinema.sampling.denoiser import Branch
+from kinema.schema import FluxPlan, ImagePlan, ModelRef, Plan
+from kinema.tensors import Conditions, FluxConditions
+
+Get = Callable[[ModelRef], nn.Module]
+"""get(ref) -> the loaded model of a recipe."""
+
+
+def flux_conditions(plan: Plan, rows: Mapping[Branch, Tensor], get: Get) -> dict[Branch, Conditions]:
+    """Return the conditions of each branch, whose prompt has these rows [S, D]."""
+    flux = cast(FluxPlan, plan.flux)
+    prompts: dict[Branch, str] = {"cond": plan.prompt, "uncond": plan.negative}
+    pooled = _pooled(flux, [prompts[branch] for branch in rows], get)
+    concat, images = _channels(plan, get), _looked_at(plan, get)
+    told = {
+        branch: Conditions((text,), concat_BCFhw=concat, flux=FluxConditions(pooled_BD, flux.guidance, images))
+        for (branch, text), pooled_BD in zip(rows.items(), pooled, strict=True)
+    }
+    if flux.redux is not None:
+        shown = _redux_rows(plan, flux, get)
+        told["cond"] = replace(told["cond"], text=(torch.cat([told["cond"].text[0], shown]),))
+    return told
+
+
+def _pooled(flux: FluxPlan, prompts: Sequence[str], get: Get) -> list[Tensor]:
+    assert flux.clip_text.tokenizer is not None
+    tokenizer = ClipTokenizer.from_path(flux.clip_text.tokenizer)
+    encoder = cast(ClipText, get(flux.clip_text))
+    return [encoder.encode(tokenizer.encode(prompt, encoder.config.num_positions).ids) for prompt in prompts]
+
+
+def _of_role(plan: Plan, role: str) -> list[ImagePlan]:
+    return [image for image in plan.images if image.role == role]
+
+
+def _encoded(image_CHW: Tensor, plan: Plan, get: Get) -> Tensor:
+    vae = cast(FluxVAE, get(plan.vae))
+    return vae.encode(image_CHW[None, :, None], tile=plan.tile)
+
+
+def _channels(plan: Plan, get: Get) -> Tensor | None:
+    """Latents of the control image; or of the picture with a hole, and the mask of the hole, 64 values a cell."""
+    for control in _of_role(plan, "control"):
+        return _encoded(read_planned(control), plan, get)
+    masks, pictures = _of_role(plan, "mask"), _of_role(plan, "first")
+    if not masks or not pictures:
+        return None
+    hole_HW = read_hole(masks[0])
+    latents_BCFhw = _encoded(read_planned(pictures[0]) * (1 - hole_HW), plan, get)
+    cells_Chw = F.pixel_unshuffle(hole_HW[None], plan.height // plan.latent[2])
+    return torch.cat([latents_BCFhw, cells_Chw[None, :, None].to(latents_BCFhw)], dim=1)
+
+
+def read_hole(mask: ImagePlan) -> Tensor:
+    """Return hole_HW: 1 where a mask image is nearer to white, and the picture is made anew; 0 where it is kept."""
+    grey_CHW = read_image(mask.path)[0].float().mean(dim=-1)[None, None] / 255
+    return (F.interpolate(grey_CHW, (mask.height, mask.width), mode="nearest-exact")[0, 0] > 0.5).float()
+
+
+def _looked_at(plan: Plan, get: Get) -> tuple[Tensor, ...]:
+    flux = cast(FluxPlan, plan.flux)
+    if flux.redux is not None:
+        return ()
+    return tuple(_encoded(read_planned(image), plan, get) for image in _of_role(plan, "reference"))
+
+
+def _redux_rows(plan: Plan, flux: FluxPlan, get: Get) -> Tensor:
+    """Rows of the text's width that stand for the reference images, one image after the other."""
+    assert flux.siglip is not None and flux.redux is not None
+    siglip, redux = cast(Siglip, get(flux.siglip)), cast(Redux, get(flux.redux))
+    rows = [redux(siglip.encode(read_planned(image)[None]))[0] for image in _of_role(plan, "reference")]
+    return torch.cat(rows)

@@ -1,0 +1,141 @@
+"""What only FLUX.1 plans: its second text encoder, its guidance input, and the images it is given.
+
+Pure Python. Source of sizes and roles: black-forest-labs/flux src/flux/cli_fill.py, cli_control.py, cli_kontext.py,
+cli_redux.py, sampling.py (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from kinema.errors import CheckpointError, RequestError
+from kinema.schema import (
+    CatalogEntry,
+    Component,
+    Facts,
+    FileFacts,
+    FluxPlan,
+    ImagePlan,
+    ModelRef,
+    Note,
+    Request,
+)
+
+MULTIPLE = 16
+"""Pixels a token spans, each way."""
+
+KONTEXT_SIZES = (
+    (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104),
+    (1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688),
+    (1568, 672),
+)  # fmt: skip
+"""Sizes Kontext was trained on; an image is brought to the one nearest to its aspect."""
+
+FULL_AREA = 900_000
+"""Pixels from which a picture counts as of Kontext's own size; below it, images follow the picture's area."""
+
+PARTS: dict[str, Component] = {
+    "dit": "flux_dit",
+    "vae": "flux_vae",
+    "text_encoder": "t5",
+    "clip_text": "clip_text",
+    "clip_vision": "siglip",
+    "redux": "redux",
+}
+"""What each role of a FLUX model must be."""
+
+
+def check_flux(request: Request, entry: CatalogEntry, facts: Facts) -> None:
+    """Raise unless the files are FLUX's and fit each other, and the request asks only what images have."""
+    for role, wanted in PARTS.items():
+        file = facts.files.get(role)
+        if file is not None and file.component != wanted:
+            raise CheckpointError(
+                f"{file.path} is no part of {entry.name}: {file.structure}",
+                f"pass the {role.replace('_', ' ')} of FLUX.1 with --{role.replace('_', '-')}",
+                path=str(file.path),
+                expected=wanted,
+                found=file.component,
+            )
+    dit, text, pooled = (facts.files[role] for role in ("dit", "text_encoder", "clip_text"))
+    for file, key, wanted_dim in ((text, "text_dim", text.config["dim"]), (pooled, "vector_dim", pooled.config["dim"])):
+        if dit.config[key] != wanted_dim:
+            raise CheckpointError(
+                f"{file.path} gives rows of {wanted_dim}, the transformer takes {dit.config[key]}",
+                "take the encoders that belong to FLUX.1: t5xxl and clip_l",
+                path=str(file.path),
+                expected=dit.config[key],
+                found=wanted_dim,
+            )
+    for field in ("seconds", "fps", "frames"):
+        value = getattr(request, field)
+        if value is not None and (field, value) != ("frames", 1):
+            raise RequestError(
+                f"{entry.name} makes single images: --{field} {value:g} means nothing to it",
+                "leave it out; --then MODEL makes a video of the image",
+                field=field,
+                got=value,
+            )
+    if request.guidance is not None and not dit.config["has_guidance"]:
+        raise RequestError(
+            f"{entry.name} has no guidance input: --guidance {request.guidance:g} would change nothing",
+            "leave it out, or take flux.1-dev; --true-guidance runs the negative prompt beside the prompt",
+            field="guidance",
+            got=request.guidance,
+        )
+
+
+def plan_flux(request: Request, entry: CatalogEntry, facts: Facts, ref: Callable[[FileFacts], ModelRef]) -> FluxPlan:
+    """Return how FLUX is told of the prompt and of images. `ref` makes the recipe of a small model, in float32."""
+    has_guidance = facts.files["dit"].config["has_guidance"]
+    guidance = request.guidance if request.guidance is not None else entry.guidance
+    redux = facts.files.get("redux") if request.reference and "redux" in facts.files else None
+    return FluxPlan(
+        clip_text=ref(facts.files["clip_text"]).model_copy(update={"tokenizer": facts.clip_tokenizer}),
+        guidance=guidance if has_guidance else None,
+        redux=redux and ref(redux),
+        siglip=redux and ref(facts.files["clip_vision"]),
+    )
+
+
+def flux_images(
+    request: Request, entry: CatalogEntry, facts: Facts, size: tuple[int, int], notes: list[Note]
+) -> tuple[ImagePlan, ...]:
+    """Return how each given image is brought to a size: the picture's own, but for images Kontext looks at."""
+    plans = []
+    for role in ("first", "mask", "control", "reference"):
+        for media in facts.media.get(role, ()):
+            width, height = size
+            if role == "reference" and entry.kontext:
+                width, height = kontext_size(media.width, media.height, size)
+                notes.append(Note(about=role, text=f"{media.path.name} is looked at as {width}x{height}"))
+            elif (media.width * height, media.height * width) != (width * media.height, height * media.width):
+                shape = f"{media.path.name} ({media.width}x{media.height})"
+                notes.append(Note(about=role, text=f"{shape} is stretched to {width}x{height}"))
+            if media.frames > 1:
+                notes.append(Note(about=role, text=f"{media.path.name} has {media.frames} frames; the first is taken"))
+            if media.has_alpha:
+                notes.append(Note(about=role, text=f"{media.path.name} has transparency, which is dropped"))
+            plans.append(
+                ImagePlan(role=role, path=media.path, width=width, height=height, crop=False, filter="lanczos")
+            )
+    return tuple(plans)
+
+
+def kontext_size(width: int, height: int, picture: tuple[int, int]) -> tuple[int, int]:
+    """Return the size at which Kontext looks at an image: a trained one, or of a small picture's area."""
+    aspect = width / height
+    if picture[0] * picture[1] >= FULL_AREA:
+        return min(KONTEXT_SIZES, key=lambda size: abs(size[0] / size[1] - aspect))
+    return area_size(width, height, picture[0] * picture[1])
+
+
+def area_size(width: int, height: int, area: int) -> tuple[int, int]:
+    """Return (width, height) of about `area` pixels at the image's aspect, both multiples of 16."""
+    aspect = width / height
+
+    def near(length: float) -> int:
+        return max(MULTIPLE, round(length / MULTIPLE) * MULTIPLE)
+
+    return near(math.sqrt(area * aspect)), near(math.sqrt(area / aspect))

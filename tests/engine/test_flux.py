@@ -1,0 +1,186 @@
+"""FLUX.1 at toy size from request to picture: every model, every input, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from checkpoints import write
+from kinema.engine import Engine
+from kinema.errors import CatalogError, CheckpointError, KinemaError, RequestError
+from kinema.schema import Plan, Request, Result
+from kinema.weights.keys_flux import PARTS
+from tiny_flux import autoencoder, build_flux, clip_text, transformer, transformers_t5
+from tiny_world import TinyWorld, picture
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return build_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(scope="module")
+def engine(world: TinyWorld) -> Iterator[Engine]:
+    with Engine(world.settings) as engine:
+        yield engine
+
+
+def run(engine: Engine, save: Path, **fields: object) -> tuple[Plan, np.ndarray]:
+    request = Request.model_validate(
+        {"prompt": "a red cat", "seed": 3, "precision": "reference", "save": save, **fields}
+    )
+    plan = engine.plan(request)
+    (result,) = [event for event in engine.run(plan) if isinstance(event, Result)]
+    return plan, np.array(Image.open(result.paths[0]).convert("RGB")).astype(int)
+
+
+def test_a_picture_of_a_text(engine: Engine, tmp_path: Path) -> None:
+    plan, pixels = run(engine, tmp_path / "a.png", model="tiny-flux")
+    assert (plan.task, plan.frames, plan.latent, plan.tokens) == ("text to image", 1, (16, 1, 8, 8), 16)
+    assert plan.flux is not None and plan.flux.guidance == 3.5
+    assert [step.timestep for step in plan.steps] == [1000 * step.sigma for step in plan.steps]
+    assert pixels.shape == (64, 64, 3) and pixels.std() > 5
+    names = {path.name for path in plan.files}
+    assert {"flux_dev.safetensors", "tiny_ae.safetensors", "tiny_t5.safetensors", "tiny_clip_l.safetensors"} <= names
+    assert {"spiece.model", "vocab.json"} <= names
+
+
+def test_every_word_and_number_counts(engine: Engine, tmp_path: Path) -> None:
+    """Prompt, guidance, true guidance, seed and solver each change the picture; the same request does not."""
+    _, first = run(engine, tmp_path / "a.png", model="tiny-flux")
+    _, again = run(engine, tmp_path / "b.png", model="tiny-flux")
+    assert np.array_equal(first, again)
+    changed = [
+        {"prompt": "two small squares"},
+        {"guidance": 9.0},
+        {"true_guidance": 3.0, "negative": "two small squares"},
+        {"seed": 4},
+        {"solver": "dpmpp", "steps": 3},
+        {"shift": 5.0},
+    ]
+    for number, fields in enumerate(changed):
+        _, other = run(engine, tmp_path / f"{number}.png", model="tiny-flux", **fields)
+        assert not np.array_equal(first, other), fields
+
+
+def test_schnell_has_no_guidance_and_no_shift(engine: Engine, tmp_path: Path) -> None:
+    plan, pixels = run(engine, tmp_path / "a.png", model="tiny-schnell", size="96x64")
+    assert pixels.shape == (64, 96, 3)
+    assert plan.flux is not None and plan.flux.guidance is None
+    assert plan.sigmas == (1.0, 0.5, 0.0)
+    with pytest.raises(RequestError, match="has no guidance input: --guidance 3"):
+        run(engine, tmp_path / "b.png", model="tiny-schnell", guidance=3.0)
+
+
+def test_kontext_looks_at_images(engine: Engine, tmp_path: Path) -> None:
+    one = picture(tmp_path / "one.png", 80, 48)
+    two = picture(tmp_path / "two.png", 48, 80, seed=5)
+    plan, alone = run(engine, tmp_path / "a.png", model="tiny-kontext")
+    assert not plan.images
+    plan, with_one = run(engine, tmp_path / "b.png", model="tiny-kontext", reference=[one], size="64x64")
+    assert [(image.width, image.height) for image in plan.images] == [(80, 48)]
+    assert any("is looked at as 80x48" in note.text for note in plan.notes)
+    _, with_both = run(engine, tmp_path / "c.png", model="tiny-kontext", reference=[one, two], size="64x64")
+    assert not np.array_equal(alone, with_one) and not np.array_equal(with_one, with_both)
+
+
+def test_fill_makes_what_is_white_in_the_mask(engine: Engine, tmp_path: Path) -> None:
+    image = picture(tmp_path / "image.png")
+    masks = []
+    for number, box in enumerate([(0, 0, 32, 64), (32, 0, 64, 64)]):
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, box)
+        mask.save(tmp_path / f"mask{number}.png")
+        masks.append(tmp_path / f"mask{number}.png")
+    _, left = run(engine, tmp_path / "a.png", model="tiny-fill", first=image, mask=masks[0])
+    _, right = run(engine, tmp_path / "b.png", model="tiny-fill", first=image, mask=masks[1])
+    assert not np.array_equal(left, right)
+    with pytest.raises(RequestError, match="needs"):
+        run(engine, tmp_path / "c.png", model="tiny-fill", first=image)
+
+
+def test_control_and_redux_images_count(engine: Engine, tmp_path: Path) -> None:
+    one, two = picture(tmp_path / "one.png"), picture(tmp_path / "two.png", seed=5)
+    for model, field in (("tiny-canny", "control"), ("tiny-redux", "reference")):
+        _, with_one = run(engine, tmp_path / f"{model}1.png", model=model, **{field: one})
+        plan, with_two = run(engine, tmp_path / f"{model}2.png", model=model, **{field: two})
+        assert not np.array_equal(with_one, with_two)
+        assert plan.task == "image to image"
+    assert {"tiny_siglip.safetensors", "tiny_redux.safetensors"} <= {path.name for path in plan.files}
+
+
+def test_an_all_in_one_file_makes_the_same_picture(engine: Engine, world: TinyWorld, tmp_path: Path) -> None:
+    parts = {
+        "flux_dit": transformer("dev"),
+        "flux_vae": autoencoder(),
+        "t5": transformers_t5(),
+        "clip_text": clip_text(),
+    }
+    state = {PARTS[part] + name: tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    path = write(tmp_path / "flux1-dev-all.safetensors", state)
+    _, want = run(engine, tmp_path / "a.png", model="tiny-flux")
+    tokenizers = world.root / "text_encoders"
+    plan, got = run(
+        engine,
+        tmp_path / "b.png",
+        model="tiny-flux",
+        dit=path,
+        tokenizer=tokenizers / "google/t5-v1_1-xxl",
+        clip_tokenizer=tokenizers / "openai/clip-vit-large-patch14",
+    )
+    assert np.array_equal(want, got)
+    assert {file.suffix for file in plan.files} == {".safetensors", ".model", ".json"}
+    assert {ref.files for ref in (plan.vae, plan.text_encoder, *plan.experts.values())} == {(path,)}
+
+
+def test_fast_is_near_reference(engine: Engine, tmp_path: Path) -> None:
+    _, exact = run(engine, tmp_path / "a.png", model="tiny-flux")
+    _, fast = run(engine, tmp_path / "b.png", model="tiny-flux", precision="fast")
+    assert 0 < np.abs(exact - fast).mean() < 4
+
+
+WRONG = {
+    "a video": ({"frames": 17}, RequestError, "--frames 17 means nothing"),
+    "seconds": ({"seconds": 2}, RequestError, "--seconds 2 means nothing"),
+    "a size": ({"size": "60x64"}, RequestError, "multiples of 16"),
+    "an image": ({"first": "image.png"}, RequestError, "takes no first"),
+    "no tokenizer": ({"clip_tokenizer": "."}, CatalogError, "holds no CLIP tokenizer"),
+    "another encoder": ({"text_encoder": "text_encoders/tiny_clip_l.safetensors"}, RequestError, "as --clip-text"),
+    "another autoencoder": ({"vae": "diffusion_models/flux_dev.safetensors"}, RequestError, "pass it as --dit"),
+    "another transformer": ({"dit": "diffusion_models/flux_schnell.safetensors"}, CheckpointError, "is not tiny-flux"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_means_nothing_is_refused_before_loading(
+    engine: Engine, world: TinyWorld, tmp_path: Path, name: str
+) -> None:
+    fields, kind, words = WRONG[name]
+    picture(tmp_path / "image.png")
+    places = {"first": tmp_path, "clip_tokenizer": tmp_path}
+    fields = {k: places.get(k, world.root) / v if isinstance(v, str) and k != "size" else v for k, v in fields.items()}
+    assert issubclass(kind, KinemaError)
+    with pytest.raises(kind, match=words):
+        engine.plan(
+            Request.model_validate({"prompt": "a cat", "model": "tiny-flux", "save": tmp_path / "x.png", **fields})
+        )
+
+
+@torch.no_grad()
+def test_a_pipeline_of_diffusers_makes_the_same_latents(engine: Engine, world: TinyWorld, tmp_path: Path) -> None:
+    """Prompt to latents, with the same noise: encoders, guidance, shift, positions and Euler together."""
+    pytest.importorskip("diffusers")
+    from safetensors.torch import load_file
+
+    from flux_oracle import latents_of_diffusers
+
+    run(engine, tmp_path / "a.png", model="tiny-flux", steps=3, output="png,latents")
+    (file,) = tmp_path.glob("*.safetensors")
+    ours = load_file(file)["latents"][:, 0]
+    theirs = latents_of_diffusers(world.root, "a red cat", seed=3, steps=3, text_len=12, guidance=3.5)
+    assert (ours - theirs).abs().max() < 2e-4 * theirs.abs().max()
