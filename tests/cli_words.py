@@ -19,6 +19,7 @@ CLI_FLAGS = frozenset(
         "--from-file",
         "--json",
         "--fresh",
+        "--then",
         "--low",
         "--high",
         "--threshold",

@@ -9,7 +9,7 @@ The fields of `Request` are the keyword arguments. Importing this loads no torch
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -50,6 +50,7 @@ __all__ = [
     "drive",
     "generate",
     "generate_all",
+    "generate_then",
     "plan",
 ]
 
@@ -76,6 +77,21 @@ def generate_all(*, settings: Settings | None = None, **fields: Any) -> list[Res
     """Run a request given by its fields and return one Result a seed. Arguments and errors as of `plan`."""
     with _engine(settings) as engine:
         return [event for event in engine.run(engine.plan(make_request(fields))) if isinstance(event, Result)]
+
+
+def generate_then(
+    first: Mapping[str, Any], then: Mapping[str, Any], *, settings: Settings | None = None
+) -> list[Result]:
+    """Make pictures of the fields `first`, and of each a video of the fields `then`; return the results of both.
+
+    Everything is planned before anything is loaded, and the models of the pictures are gone before those of the videos
+    are loaded. Prompt, device and precision of `then` are those of `first` unless given. Errors as of `plan`.
+    """
+    from kinema.chain import plan_chain, run_chain
+
+    with _engine(settings) as engine:
+        chain = plan_chain(engine, make_request(first), then)
+        return [event for event in run_chain(engine, chain) if isinstance(event, Result)]
 
 
 def control(kind: str, video: Path | str, **fields: Any) -> Path:

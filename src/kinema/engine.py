@@ -42,6 +42,7 @@ from kinema.schema import (
     Event,
     Facts,
     LoraPlan,
+    MediaFacts,
     ModelRef,
     Note,
     OutputKind,
@@ -146,13 +147,20 @@ class Engine:
 
     def close(self) -> None:
         """Drop all models and stop background work."""
-        self._models.clear()
-        self._texts.clear()
+        self.release()
         self._hashes.close()
 
-    def plan(self, request: Request) -> Plan:
-        """Return the plan of a request; every fault that can be known raises here, before a weight is loaded."""
-        entry, facts = survey(request, self.settings)
+    def release(self) -> None:
+        """Drop all models and encoded texts, and give their memory back."""
+        self._models.clear()
+        self._texts.clear()
+
+    def plan(self, request: Request, promised: Mapping[Path, MediaFacts] | None = None) -> Plan:
+        """Return the plan of a request; every fault that can be known raises here, before a weight is loaded.
+
+        promised  inputs that are not there yet, and what they will be.
+        """
+        entry, facts = survey(request, self.settings, promised or {})
         return make_plan(request, entry, facts)
 
     def run(self, plan: Plan, cancelled: Stop = lambda: False) -> Iterator[Event]:

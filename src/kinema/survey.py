@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from kinema.catalog import find_entry, load_catalog, matching_entries
 from kinema.catalog.choice import Card
@@ -54,8 +55,12 @@ CLIP_SOURCE = (
 )
 
 
-def survey(request: Request, settings: Settings) -> tuple[CatalogEntry, Facts]:
+def survey(
+    request: Request, settings: Settings, promised: Mapping[Path, MediaFacts] = MappingProxyType({})
+) -> tuple[CatalogEntry, Facts]:
     """Return the model that is meant and all facts about files, inputs, machine and output folder.
+
+    promised  inputs that are not there yet, and what they will be.
 
     Raises CatalogError for what is not there, CheckpointError for files that are not what they are used
     as, RequestError for inputs that cannot be read and for a model that cannot be told from its files.
@@ -94,7 +99,10 @@ def survey(request: Request, settings: Settings) -> tuple[CatalogEntry, Facts]:
         known_loras=load_loras(),
         tokenizer=tokenizer,
         clip_tokenizer=clip_tokenizer,
-        media={field: tuple(_media(field, path, entry) for path in _given(request, field)) for field in MEDIA_FIELDS},
+        media={
+            field: tuple(promised.get(path) or _media(field, path, entry) for path in _given(request, field))
+            for field in MEDIA_FIELDS
+        },
         machine=machine,
         notes=notes,
         cut=_cut(request, entry, _load_tokenizer(files["text_encoder"], tokenizer)),

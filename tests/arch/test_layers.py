@@ -87,6 +87,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "kinema.survey",
         "kinema.residents",
     ),
+    "kinema.chain": (*NOUNS, "kinema.engine", "kinema.request"),
     "kinema.batch": (*NOUNS, "kinema.request", "kinema.planning", "kinema.engine"),
     "kinema.cli": ("kinema",),
     "kinema": ("kinema",),

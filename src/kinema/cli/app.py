@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import cyclopts
 from cyclopts import App, Group, Parameter
@@ -21,12 +21,16 @@ from kinema.cli.interrupt import EXIT_CODE, Interruption
 from kinema.cli.tell import Teller, make_teller
 from kinema.errors import Cancelled, KinemaError, RequestError
 from kinema.request import make_request, merge, nearest
-from kinema.schema import Event, Request
+from kinema.schema import Event, Plan, Request
 from kinema.settings import PLACES, configure
 from kinema.version import VERSION
 
+if TYPE_CHECKING:
+    from kinema.engine import Engine
+
 DEMO_PROMPT = "a large yellow star moves right on a dark green background"
 DEMO_SEED = 1
+THEN_HELP = 'a model that goes on from the picture made, with options of its own: "wan2.2-i2v-a14b it runs --f 81"'
 
 Verb = Callable[..., int]
 
@@ -48,8 +52,16 @@ def generate(
         Path | None, _switch("a batch: .txt with options in its lines, .jsonl, .csv, or a folder of images", MANY)
     ] = None,
     fresh: Annotated[bool, _switch("with --from-file: forget its manifest, do every line again", MANY)] = False,
+    then: Annotated[str | None, _switch(THEN_HELP)] = None,
 ) -> int:
     """Make videos or images."""
+    if then is not None and (interactive or from_file is not None):
+        raise RequestError(
+            "--then goes on from one request, not from many prompts",
+            "leave out --interactive and --from-file, or --then",
+            field="then",
+            got=then,
+        )
     if interactive and from_file is not None:
         raise RequestError(
             f"--interactive and --from-file {from_file} both say where prompts come from",
@@ -62,7 +74,7 @@ def generate(
     fields = merge(call.configuration.defaults, call.fields)
     request = make_request(fields)
     if not interactive and from_file is None:
-        return _generate(request, call)
+        return _generate(request, call) if then is None else _generate_chain(request, then, call)
     from kinema.cli import sessions
 
     with make_teller(call.json) as teller:
@@ -72,15 +84,16 @@ def generate(
         return sessions.run_batch(from_file, fields, call.configuration.settings, teller, fresh=fresh)
 
 
-def plan(call: Call) -> int:
+def plan(call: Call, *, then: Annotated[str | None, _switch(THEN_HELP)] = None) -> int:
     """Show every decision of a run, without loading a weight."""
     request = make_request(merge(call.configuration.defaults, call.fields))
     from kinema.cli.plans import plan_text
     from kinema.engine import Engine
 
     with make_teller(call.json) as teller, Engine(call.configuration.settings) as engine:
-        made = engine.plan(request)
-        teller.show(plan_text(made), made.model_dump(mode="json"))
+        plans = [engine.plan(request)] if then is None else _chain(engine, request, then)
+        for made in plans:
+            teller.show(plan_text(made), made.model_dump(mode="json"))
     return 0
 
 
@@ -264,6 +277,33 @@ def _generate(request: Request, call: Call) -> int:
             for event in engine.run(made, cancelled=cancelled):
                 teller.event(event)
     return 0
+
+
+def _generate_chain(request: Request, then: str, call: Call) -> int:
+    """Show both plans, then run them one after the other."""
+    from kinema.chain import Chain, run_chain
+    from kinema.cli.plans import plan_text
+    from kinema.engine import Engine
+
+    with make_teller(call.json) as teller, Engine(call.configuration.settings) as engine:
+        pictures, *videos = _chain(engine, request, then)
+        for made in (pictures, *videos):
+            if call.json:
+                teller.show("", {"event": "plan", "plan": made.model_dump(mode="json")})
+            else:
+                teller.say(plan_text(made))
+        with Interruption() as cancelled:
+            for event in run_chain(engine, Chain(pictures, tuple(videos)), cancelled):
+                teller.event(event)
+    return 0
+
+
+def _chain(engine: Engine, request: Request, then: str) -> list[Plan]:
+    from kinema.batch.lines import parse_line
+    from kinema.chain import plan_chain, then_fields
+
+    chain = plan_chain(engine, request, then_fields(then, parse_line))
+    return [chain.pictures, *chain.videos]
 
 
 @dataclass(frozen=True)

@@ -45,12 +45,15 @@ def _facts(plan: Plan) -> Table:
         "prompt": plan.prompt,
         "negative": plan.negative,
         "size": f"{plan.width}x{plan.height}",
-        "frames": f"{plan.frames} at {plan.fps:g} fps, {plan.frames / plan.fps:.2f} s",
+        "frames": f"{plan.frames} at {plan.fps:g} fps, {plan.frames / plan.fps:.2f} s"
+        if plan.frames > 1
+        else "1 image",
         "latent grid": f"{latent_frames} frames of {columns}x{rows}, {channels} channels; {plan.tokens} tokens",
         "images": ", ".join(f"{image.role} {image.path}" for image in plan.images),
         "seeds": ", ".join(map(str, plan.seeds)),
         "sampling": f"{plan.solver}, {len(plan.steps)} steps, shift {plan.shift:g}"
-        + (f", boundary {plan.boundary:g}" if plan.boundary is not None else ""),
+        + (f", boundary {plan.boundary:g}" if plan.boundary is not None else "")
+        + (f", guidance {plan.flux.guidance:g}" if plan.flux and plan.flux.guidance is not None else ""),
         "loras": "\n".join(lora.said for lora in plan.loras),
         "preset": plan.preset or "",
         "runs on": f"{plan.device}, {plan.precision}",
@@ -72,6 +75,9 @@ def _files(plan: Plan) -> Table:
     }
     refs |= {"text encoder": plan.text_encoder, "vae": plan.vae}
     refs |= {"clip vision": plan.clip_vision} if plan.clip_vision else {}
+    if plan.flux:
+        parts = {"clip text": plan.flux.clip_text, "siglip": plan.flux.siglip, "redux": plan.flux.redux}
+        refs |= {name: ref for name, ref in parts.items() if ref}
     for name, ref in refs.items():
         files = str(ref.files[0]) + (f" and {len(ref.files) - 1} more" if len(ref.files) > 1 else "")
         table.add_row(name, _plain(files), ref.dialect, _held(ref), gigabytes(ref.bytes))

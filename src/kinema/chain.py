@@ -1,0 +1,81 @@
+"""One model's pictures as the next one's first frames: all of it planned before anything runs, one model at a time.
+
+Owns how two requests hang together. Each is planned and run by the engine as it would be alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from kinema.engine import Engine
+from kinema.errors import RequestError
+from kinema.request import make_request
+from kinema.schema import Event, MediaFacts, Plan, Request
+
+INHERITED = ("prompt", "device", "precision", "overwrite")
+"""Fields of the first request that the second one has where it does not name its own."""
+
+
+class Chain(NamedTuple):
+    """The plan of the pictures, and that of each video, in the order of the pictures."""
+
+    pictures: Plan
+    videos: tuple[Plan, ...]
+
+
+def plan_chain(engine: Engine, request: Request, fields: Mapping[str, Any]) -> Chain:
+    """Plan `request`, and then one more of these `fields` from each picture it will have written.
+
+    Raises what planning raises, and RequestError for a first request that writes no picture, or a second one that
+    already has its first frame.
+    """
+    pictures = engine.plan(request)
+    if fields.get("first"):
+        raise RequestError(
+            f"first {fields['first']} and --then: the first frame is the picture made before",
+            "leave out --first",
+            field="first",
+            got=str(fields["first"]),
+        )
+    if pictures.frames > 1 or "png" not in pictures.output.kinds:
+        raise RequestError(
+            f"{pictures.model} writes {', '.join(pictures.output.kinds)}: --then goes on from a picture",
+            "take an image model such as flux.1-dev, or pass --frames 1 --output png",
+            field="then",
+            got=fields.get("model"),
+        )
+    inherited = {name: getattr(request, name) for name in INHERITED if getattr(request, name) is not None}
+    place = pictures.output.kinds.index("png")
+    videos = []
+    for paths in pictures.output.paths:
+        picture = paths[place]
+        promised = MediaFacts(path=picture, kind="image", width=pictures.width, height=pictures.height)
+        beside = {} if request.save is None else {"save": picture.with_suffix(".mp4")}
+        video = make_request({**inherited, **beside, **fields, "first": picture})
+        videos.append(engine.plan(video, promised={picture: promised}))
+    return Chain(pictures, tuple(videos))
+
+
+def run_chain(engine: Engine, chain: Chain, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+    """Yield what happens: the pictures first, then, with their models gone from memory, the videos."""
+    yield from engine.run(chain.pictures, cancelled=cancelled)
+    engine.release()
+    for plan in chain.videos:
+        yield from engine.run(plan, cancelled=cancelled)
+
+
+def then_fields(text: str, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """Return the fields of `MODEL [PROMPT] [--options]`; `parse` reads what follows the model's name.
+
+    Raises RequestError where there is no name.
+    """
+    model, _, rest = text.strip().partition(" ")
+    if not model or model.startswith("--"):
+        raise RequestError(
+            f"then {text!r} names no model",
+            'pass --then "MODEL", or with options: --then "wan2.2-i2v-a14b the fox runs --f 81"',
+            field="then",
+            got=text,
+        )
+    return {**(parse(rest) if rest.strip() else {}), "model": model}

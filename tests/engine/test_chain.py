@@ -1,0 +1,92 @@
+"""A picture of one model becomes the first frame of another's video: planned before anything runs, one at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kinema.batch.lines import parse_line
+from kinema.chain import plan_chain, run_chain, then_fields
+from kinema.engine import Engine
+from kinema.errors import RequestError
+from kinema.media.video import read_metadata
+from kinema.schema import Plan, Request, Result, Settings
+from tiny_flux import build_flux
+from tiny_world import TinyWorld
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, tiny_world: TinyWorld) -> Settings:
+    """Small FLUX models beside small Wan models."""
+    flux = build_flux(tmp_path_factory.mktemp("flux")).settings
+    wan = tiny_world.settings
+    merged = tmp_path_factory.mktemp("catalog") / "flux.toml"
+    text = flux.catalogs[0].read_text()
+    merged.write_text(text)
+    return Settings(models=(*flux.models, *wan.models), catalogs=(merged, *wan.catalogs))
+
+
+def request(save: Path, **fields: object) -> Request:
+    return Request.model_validate({"prompt": "a red cat", "model": "tiny-flux", "save": save, "seed": 3, **fields})
+
+
+def test_a_picture_becomes_a_video(both: Settings, tmp_path: Path) -> None:
+    with Engine(both) as engine:
+        wanted = then_fields("tiny-clip two small squares --f 9 --d 5", parse_line)
+        chain = plan_chain(engine, request(tmp_path / "cat.png", count=2), wanted)
+        assert not list(tmp_path.iterdir()), "planned, not run"
+        assert [plan.prompt for plan in chain.videos] == ["two small squares"] * 2
+        assert [plan.frames for plan in chain.videos] == [9, 9]
+        happened = list(run_chain(engine, chain))
+        results = [event for event in happened if isinstance(event, Result)]
+    assert [len(result.paths) for result in results] == [1, 1, 1, 1]
+    pictures, videos = [result.paths[0] for result in results[:2]], [result.paths[0] for result in results[2:]]
+    assert {path.suffix for path in pictures} == {".png"} and {path.suffix for path in videos} == {".mp4"}
+    for picture, video in zip(pictures, videos, strict=True):
+        plan = Plan.model_validate_json(read_metadata(video)["kinema"])
+        assert [image.path for image in plan.images] == [picture]
+        assert plan.seeds == (5,)
+
+
+def test_one_model_at_a_time(both: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the video's first model is loaded, none of the picture's is left."""
+    import kinema.residents as residents
+
+    loaded: list[tuple[str, int]] = []
+    original = residents.load
+
+    with Engine(both) as engine:
+
+        def load(ref, *args):  # type: ignore[no-untyped-def]
+            loaded.append((ref.component, len(engine._models._modules)))
+            return original(ref, *args)
+
+        monkeypatch.setattr(residents, "load", load)
+        chain = plan_chain(engine, request(tmp_path / "a.png"), {"model": "tiny-clip", "frames": 5})
+        list(run_chain(engine, chain))
+    first_of_wan = next(index for index, (component, _) in enumerate(loaded) if component == "text_encoder")
+    assert {component for component, _ in loaded[:first_of_wan]} == {"t5", "clip_text", "flux_dit", "flux_vae"}
+    assert loaded[first_of_wan][1] == 0
+
+
+@pytest.mark.parametrize(
+    ("then", "fields", "words"),
+    [
+        ("", {}, "names no model"),
+        ("--f 81", {}, "names no model"),
+        ("tiny-clip --i other.png", {}, "the first frame is the picture made before"),
+        ("tiny-t2v", {}, "takes no first"),
+        ("tiny-clip --f 10", {}, "4n"),
+        ("tiny-clip", {"model": "tiny-t2v", "frames": 5, "save": "x.mp4"}, "goes on from a picture"),
+        ("tiny-clip --nonsense 3", {}, "unknown option --nonsense"),
+    ],
+)
+def test_what_cannot_follow_is_refused_before_anything_runs(
+    both: Settings, tmp_path: Path, then: str, fields: dict[str, object], words: str
+) -> None:
+    fields = dict(fields)
+    save = tmp_path / str(fields.pop("save", "a.png"))
+    with Engine(both) as engine, pytest.raises(RequestError, match=words):
+        plan_chain(engine, request(save, **fields), then_fields(then, parse_line))
+    assert not list(tmp_path.iterdir())
