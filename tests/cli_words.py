@@ -8,8 +8,27 @@ from __future__ import annotations
 from kinema.schema import Request
 
 VERBS = frozenset(
-    {"generate", "plan", "inspect", "convert", "doctor", "replay", "decode", "demo", "models", "control", "drive"}
+    {
+        "generate",
+        "plan",
+        "inspect",
+        "convert",
+        "doctor",
+        "replay",
+        "decode",
+        "demo",
+        "models",
+        "control",
+        "drive",
+        "lora inspect",
+        "lora convert",
+        "lora merge",
+        "lora extract",
+    }
 )
+
+HEADS = frozenset(verb.split()[0] for verb in VERBS)
+"""First words of verbs."""
 
 CLI_FLAGS = frozenset(
     {
@@ -39,6 +58,8 @@ CLI_FLAGS = frozenset(
         "--extra-model-paths",
         "--help",
         "--version",
+        "--rank",
+        "--dtype",
     }
 )
 

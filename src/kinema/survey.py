@@ -209,7 +209,9 @@ def _loras(request: Request, files: Mapping[str, FileFacts], settings: Settings)
     if not request.lora:
         return ()
     roles = {
-        role: parameter_shapes(build("dit", file.config)) for role, file in files.items() if role in ("dit", "dit_high")
+        role: parameter_shapes(build(file.component, file.config))
+        for role, file in files.items()
+        if role in ("dit", "dit_high")
     }
     table = load_loras()
     found = [lora_facts(read_lora(_lora_path(ref, settings)), roles) for ref in request.lora]

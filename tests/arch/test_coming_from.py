@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cli_words import FLAGS, REQUEST_FLAGS, SHORT_NAMES, VERBS
+from cli_words import FLAGS, HEADS, REQUEST_FLAGS, SHORT_NAMES
 from kinema.schema import Request
 
 ROOT = Path(__file__).parents[2]
@@ -146,7 +146,7 @@ def _answer_faults(answer: str) -> list[str]:
         return ["the answer begins neither with a flag, a command, nor with " + ", ".join(REASONS)]
     named = re.findall(r"`(--[a-z0-9-]+)", answer)
     lines = [f"{flag} does not exist" for flag in named if flag not in FLAGS]
-    lines += [f"kinema {verb} does not exist" for verb in re.findall(r"`kinema ([a-z]+)", answer) if verb not in VERBS]
+    lines += [f"kinema {verb} does not exist" for verb in re.findall(r"`kinema ([a-z]+)", answer) if verb not in HEADS]
     if equivalent:
         idle = media_fields() - catalog_takes()
         lines += [f"{flag} is claimed, but no model takes it" for flag in named if flag[2:].replace("-", "_") in idle]

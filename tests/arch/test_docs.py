@@ -91,8 +91,8 @@ def unknown_words(code: str) -> list[str]:
             faults.append(f"{command}: {error}")
             continue
         words = words[[Path(word).name for word in words].index("kinema") :] if "kinema" in command else []
-        if len(words) > 1 and words[1] not in VERBS and not words[1].startswith("-"):
-            faults.append(f"kinema {words[1]} does not exist")
+        if len(words) > 1 and not {words[1], " ".join(words[1:3])} & VERBS and not words[1].startswith("-"):
+            faults.append(f"kinema {' '.join(words[1:3])} does not exist")
         flags = [word.partition("=")[0] for word in words[1:] if word.startswith("--")]
         faults += [f"{flag} does not exist" for flag in flags if flag not in FLAGS]
     return faults
@@ -151,6 +151,7 @@ def test_the_reference_page_equals_the_command_line():
         "```bash\nkinema generat 'a cat'\n```",
         "```bash\nkinema generate 'a cat' \\\n  --num-frames 81\n```",
         "Type `kinema undo`.",
+        "Type `kinema lora undo x.safetensors`.",
     ],
 )
 def test_a_planted_snippet_is_caught(text: str):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from checkpoints import official_state
 from conftest import Cli
 from lora_files import low_rank, write_lora
-from tiny_world import DITS
+from tiny_world import DITS, TinyWorld
 
 SHAPES = {name: tuple(tensor.shape) for name, tensor in official_state("dit", DITS["t2v"]).items()}
 
@@ -63,3 +63,59 @@ def test_replay_runs_the_same_lora_and_refuses_a_changed_one(tiny: Cli, lora: Pa
     write_lora(lora, "kohya", low_rank(SHAPES, scale=3.0))
     changed = tiny("replay", "a.latents.safetensors")
     assert changed.code == 4 and lora.name in changed.err and "changed" in changed.err
+
+
+# --- kinema lora ---------------------------------------------------------------------------------------
+
+
+def test_inspect_says_what_it_is_and_how_it_fits(tiny: Cli, lora: Path, tiny_world: TinyWorld) -> None:
+    alone = tiny("lora", "inspect", lora)
+    assert alone.code == 0 and "kohya, for Wan" in alone.out and "20 lora" in alone.out
+    dit = tiny_world.file("diffusion_models/t2v.safetensors")
+    told = tiny("lora", "inspect", lora, "--dit", dit)
+    assert "20 of 20" in told.out and "% of the norm" in told.out
+    (data,) = tiny("lora", "inspect", lora, "--dit", dit, "--json").events
+    assert data["dialect"] == "kohya" and data["ranks"] == [4] and data["scales"] == [0.5] and data["change"] > 0.01
+    assert tiny("lora", "inspect", dit).code == 4
+
+
+def test_convert_extract_and_merge_go_round(tiny: Cli, lora: Path, tiny_world: TinyWorld) -> None:
+    """A LoRA in other names, merged into a model, taken out again: the same video as the LoRA itself."""
+    dit = tiny_world.file("diffusion_models/t2v.safetensors")
+    made = tiny("lora", "convert", lora, "b.safetensors", "--to", "diffusers")
+    assert made.code == 0 and made.paths == [Path("b.safetensors")]
+    assert tiny("lora", "merge", dit, "m.safetensors", "--lora", "b.safetensors:1").code == 0
+    assert tiny("lora", "extract", dit, "m.safetensors", "c.safetensors", "--rank", "4", "--dtype", "float32").code == 0
+    save = iter("wxyz")
+    want, *others = (
+        latents(tiny(*RUN, *words, "--save", f"{next(save)}.latents.safetensors").paths[0])
+        for words in (
+            ("--lora", lora),
+            ("--lora", "b.safetensors"),
+            ("--lora", "c.safetensors"),
+            ("--dit", "m.safetensors"),
+        )
+    )
+    for got in others:
+        assert float((got - want).abs().max() / want.abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("lora",), 0, ""),
+        (("lora", "inspekt", "x"), 2, "lora inspect"),
+        (("lora", "inspect"), 2, "no file"),
+        (("lora", "convert", "LORA", "b.safetensors"), 2, "--to"),
+        (("lora", "convert", "LORA", "b.safetensors", "--to", "kohyo"), 2, "comfyui"),
+        (("lora", "convert", "LORA", "b.safetensors", "--too", "kohya"), 2, "did you mean --to"),
+        (("lora", "convert", "lost.safetensors", "b.safetensors", "--to", "kohya"), 4, "lost.safetensors"),
+        (("lora", "extract", "LORA", "LORA", "b.safetensors"), 4, "LoRA"),
+        (("lora", "extract", "LORA", "LORA", "b.safetensors", "--dtype", "fp4"), 2, "bfloat16"),
+        (("lora", "merge", "LORA", "b.safetensors", "--lora", "LORA,steps=3-1"), 2, "3-1"),
+    ],
+)
+def test_faults_of_the_lora_verbs(tiny: Cli, lora: Path, words: tuple[str, ...], code: int, told: str) -> None:
+    ran = tiny(*(word.replace("LORA", str(lora)) for word in words))
+    assert ran.code == code and told in ran.err + ran.out, ran.err
+    assert not Path("b.safetensors").exists()

@@ -18,6 +18,7 @@ from cyclopts import App, Group, Parameter
 
 from kinema.cli.flags import ALIASES, ELSEWHERE, Call, flag_names, parameters
 from kinema.cli.interrupt import EXIT_CODE, Interruption
+from kinema.cli.loras import lora_convert, lora_extract, lora_inspect, lora_merge
 from kinema.cli.tell import Teller, make_teller
 from kinema.errors import Cancelled, KinemaError, RequestError
 from kinema.request import make_request, merge, nearest
@@ -327,7 +328,14 @@ COMMANDS: dict[str, Command] = {
     "control": Command(control, ("size", "frames", "fps", "device", "save", "overwrite", "quality")),
     "demo": Command(demo, ("prompt", "first", "last", "seed", "steps", "device", "output", "save", "overwrite")),
     "models": Command(models),
+    "lora inspect": Command(lora_inspect),
+    "lora convert": Command(lora_convert),
+    "lora merge": Command(lora_merge),
+    "lora extract": Command(lora_extract),
 }
+
+GROUP_HELP = {"lora": "Look into LoRA files, and make them of others."}
+"""Verbs of two words: the first one, and what it is about."""
 
 
 def build_app() -> App:
@@ -338,8 +346,13 @@ def build_app() -> App:
         version=f"kinema {VERSION}",
         version_flags=["--version"],
     )
+    groups = {name: App(name=name, help=text) for name, text in GROUP_HELP.items()}
     for place, (name, command) in enumerate(COMMANDS.items()):
-        app.command(_command(command), name=name, sort_key=place)
+        first, _, second = name.partition(" ")
+        owner = groups[first] if second else app
+        owner.command(_command(command), name=second or first, sort_key=place)
+    for group in groups.values():
+        app.command(group)
     return app
 
 
@@ -398,7 +411,7 @@ def _command(command: Command) -> Callable[..., int]:
 
 def _flag_fault(words: Sequence[str], error: cyclopts.CycloptsError) -> RequestError:
     """Put a fault of the command line into our words: what was typed, what is near."""
-    verb = words[0] if words else ""
+    verb = " ".join(words[: 2 if words[:1] and words[0] in GROUP_HELP else 1])
     if verb not in COMMANDS:
         near = nearest(verb, COMMANDS)
         hint = f"did you mean: kinema {near}" if near else f'for a video of that text: kinema generate "{verb}"'
@@ -413,7 +426,7 @@ def _flag_fault(words: Sequence[str], error: cyclopts.CycloptsError) -> RequestE
         )
     known = flag_names(parameters(COMMANDS[verb].verb, COMMANDS[verb].fields))
     known += [f"--no-{name}" for name in ("overwrite", "strip") if f"--{name}" in known]
-    for word in words[1:]:
+    for word in words[len(verb.split()) :]:
         spelled = word.partition("=")[0].replace("_", "-")
         if word == "--":
             break

@@ -228,8 +228,28 @@ def module_in(parameter: str, dialect: Dialect, family: Family, part: int = 0) -
         if part not in names:
             return None
         parameter = names[part]
-    module = re.sub(r"\.(weight|bias|scale)$", "", parameter)
+    module = re.sub(r"\.(weight|bias|scale|modulation)$", "", parameter)
     return dialect.prefix + (module.replace(".", "_") if dialect.joined else module)
+
+
+def spelled_parts(parameter: str, family: Family, shape: tuple[int, ...]) -> dict[int, tuple[int, int] | None]:
+    """Return the parts diffusers has an official parameter in, each with its (first row, rows); None is all of it.
+
+    shape   of the whole change, [rows, columns]. Halves that change places are not spelled.
+    """
+    parts = [part for part, rule in _rules(parameter, family).items() if not rule.swap]
+    if len(parts) < 2:
+        return dict.fromkeys(parts)
+    width = shape[0] // (7 if MLP_PART in parts else len(parts))
+    return {part: (part * width, 4 * width if part == MLP_PART else width) for part in parts}
+
+
+def _rules(parameter: str, family: Family) -> dict[int, Rule]:
+    return {
+        rule.part: rule
+        for rule in DIFFUSERS[family]
+        if re.fullmatch(inverse(rule.pattern, rule.official)[0], parameter)
+    }
 
 
 def _spelled(parameter: str, family: Family) -> dict[int, str]:

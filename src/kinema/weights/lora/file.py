@@ -121,6 +121,11 @@ class LoraFile:
             return self.default_scale["lora_alpha"] / (math.sqrt(rank) if root else rank)
         return 1.0
 
+    def tensor(self, change: Change, role: str) -> Tensor:
+        """Return one tensor of a change, mapped, its rows in the official order."""
+        tensor = self.file.get(change.tensors[role])
+        return torch.cat(tuple(reversed(tensor.chunk(2)))) if change.swap and role in OUTWARD else tensor
+
     def branch(self, change: Change, weight: Tensor | None, dtype: torch.dtype, device: torch.device | str) -> Branch:
         """Return the change as a module.
 
@@ -128,8 +133,7 @@ class LoraFile:
         """
 
         def get(role: str) -> Tensor:
-            tensor = self.file.get(change.tensors[role]).to(device=device, dtype=dtype)
-            return torch.cat(tuple(reversed(tensor.chunk(2)))) if change.swap and role in OUTWARD else tensor
+            return self.tensor(change, role).to(device=device, dtype=dtype)
 
         def factor(name: str) -> Tensor:
             return get(name) if name in change.tensors else get(f"{name}_a") @ get(f"{name}_b")

@@ -1,0 +1,127 @@
+"""What a LoRA file is, and LoRA files made of others: the verbs of `kinema lora`."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from cyclopts import Parameter
+
+from kinema.cli.flags import Call
+from kinema.cli.tell import Teller, make_teller
+from kinema.errors import RequestError
+from kinema.lora import parse_loras
+from kinema.schema import Note, Progress
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+Source = Annotated[Path, Parameter(name="FILE", help="a LoRA file or PEFT folder", negative=())]
+Target = Annotated[Path, Parameter(name="OUT", help="the file to write, .safetensors", negative=())]
+Names = Annotated[str, Parameter(help="names to write: comfyui, lightx2v, kohya, videox-fun, peft, diffusers, ...")]
+Overwrite = Annotated[bool, Parameter(help="replace OUT if it exists", negative=(), show_default=False)]
+
+Made = TypeVar("Made")
+
+
+def lora_inspect(
+    call: Call,
+    *files: Annotated[Path, Parameter(name="FILE", help="LoRA files or PEFT folders", negative=())],
+    dit: Annotated[
+        Path | None, Parameter(help="a model: what matches, and by how much it changes", negative=())
+    ] = None,
+) -> int:
+    """Say what LoRA files are: names, kinds, ranks, scales; and against a model, what matches and what does not."""
+    if not files:
+        raise RequestError("no file to inspect", "type: kinema lora inspect FILE", field="FILE", got=None)
+    from kinema.cli.lora_pages import described
+    from kinema.weights.lora.weights import Weights
+
+    weights = Weights(dit) if dit else None
+    with make_teller(call.json) as teller:
+        for path in files:
+            teller.show(*described(path, weights))
+    return 0
+
+
+def lora_convert(
+    call: Call, source: Source, target: Target, /, *, to: Names, overwrite: Overwrite = False
+) -> int:  # fmt: skip
+    """Write a LoRA in another publisher's names, and read it back to be the same change."""
+    from kinema.weights.lora.convert import convert_lora
+
+    with make_teller(call.json) as teller:
+        for event in convert_lora(source, target, to, overwrite=overwrite):
+            teller.event(event)
+        teller.show(str(target), {"path": str(target), "dialect": to})
+    return 0
+
+
+def lora_merge(
+    call: Call,
+    model: Annotated[Path, Parameter(name="MODEL", help="the DiT file or folder", negative=())],
+    target: Annotated[Path, Parameter(name="OUT", help="the file to write, .safetensors or .gguf", negative=())],
+    /,
+    *,
+    lora: Annotated[
+        tuple[str, ...], Parameter(help="as in generate, FILE:0.8,only=PATTERN; several times", negative=())
+    ],
+    to: Annotated[str | None, Parameter(help="format of the numbers, as of kinema convert", negative=())] = None,
+    names: Annotated[str | None, Parameter(help="names of the tensors, as of kinema convert", negative=())] = None,
+    overwrite: Overwrite = False,
+) -> int:
+    """Write a model with LoRAs added to its weights."""
+    from kinema.weights.lora.merge import merge
+
+    try:
+        refs = parse_loras(list(lora))
+    except ValueError as error:
+        raise RequestError(str(error), "correct --lora", field="lora", got=list(lora)) from error
+    with make_teller(call.json) as teller:
+        made, changes = _told(merge(model, refs, target, to, names, overwrite=overwrite), teller)
+        for note in made.notes:
+            teller.event(note)
+        for ref, size in zip(refs, changes, strict=True):
+            teller.event(Note(about="lora", text=f"{ref.path.name} at strength 1 changes the weights by {size:.2%}"))
+        teller.show(str(target), {"path": str(target), "changes": list(changes), "error": made.proof.error})
+    return 0
+
+
+def lora_extract(
+    call: Call,
+    base: Annotated[Path, Parameter(name="BASE", help="the model to begin from", negative=())],
+    tuned: Annotated[Path, Parameter(name="TUNED", help="the model to arrive at", negative=())],
+    target: Target,
+    /,
+    *,
+    rank: Annotated[int, Parameter(help="rank of the matrices")] = 64,
+    to: Names = "comfyui",
+    dtype: Annotated[str, Parameter(help="float32, bfloat16 or float16")] = "bfloat16",
+    overwrite: Overwrite = False,
+) -> int:
+    """Write the LoRA that turns one model into another, as nearly as its rank can, and say what it leaves out."""
+    import torch
+
+    from kinema.weights.lora.extract import extract
+
+    if dtype not in DTYPES:
+        raise RequestError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}", "pass --dtype bfloat16",
+                           field="dtype", got=dtype, allowed=DTYPES)  # fmt: skip
+    with make_teller(call.json) as teller:
+        making = extract(base, tuned, target, rank=rank, to=to, dtype=getattr(torch, dtype), overwrite=overwrite)
+        found = _told(making, teller)
+        text = f"{found.matrices} matrices at rank {rank}, {found.others} differences; "
+        text += f"{found.lost:.2%} of the change is left out"
+        teller.event(Note(about="lora", text=text))
+        data = {"path": str(target), "matrices": found.matrices, "others": found.others, "lost": found.lost}
+        teller.show(str(target), data)
+    return 0
+
+
+def _told(making: Generator[Progress, None, Made], teller: Teller) -> Made:
+    while True:
+        try:
+            teller.event(next(making))
+        except StopIteration as end:
+            made: Made = end.value
+            return made

@@ -1,0 +1,244 @@
+"""A LoRA in one publisher's names, written in another's, and read back to be the same change.
+
+What a spelling cannot hold is refused: nothing of a file is dropped. Fused matrices of FLUX are split for diffusers,
+and joined as blocks of one matrix the other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kinema.errors import OutputError, RequestError
+from kinema.schema import Progress
+from kinema.weights.lora.dialects import DIALECTS, Dialect, module_in, spelled_parts
+from kinema.weights.lora.file import Change, LoraFile, read_lora
+from kinema.weights.writing import Written, whole_file, write_tensors
+
+PROBES = 4
+"""Random inputs on which the file that was written must answer as the one it was made from."""
+
+TOLERANCE = 1e-5
+FUSED_HEIGHTS = {"qkv": 3, "linear1": 7, "linear1_kv": 2}
+DIFF_ENDINGS = {"weight": ".diff", "scale": ".diff", "bias": ".diff_b", "modulation": ".diff_m"}
+
+
+def convert_lora(source: Path, target: Path, to: str, *, overwrite: bool = False) -> Iterator[Progress]:
+    """Write a LoRA in the names of `to`, yielding progress; the file appears when it was read back and is the same.
+
+    Raises RequestError for a dialect that is unknown or cannot hold the file, OutputError where it cannot be written.
+    """
+    dialect = dialect_of(to)
+    check_target(target, overwrite)
+    lora = read_lora(source)
+    if lora.leftover:
+        name, why = next(iter(lora.leftover.items()))
+        raise RequestError(
+            f"{source} has {len(lora.leftover)} tensors that are no part of a change, and would be lost: {name}: {why}",
+            "see: kinema lora inspect FILE",
+            field="FILE",
+            got=str(source),
+        )
+    tensors = [tensor for group in _grouped(lora, dialect) for tensor in _spelled(lora, group, dialect)]
+    kept = {key: value for key, value in lora.file.metadata.items() if key not in ("format", "lora_adapter_metadata")}
+    with whole_file(target) as temporary:
+        for number, _ in enumerate(write_tensors(temporary, tensors, kept, "safetensors"), 1):
+            yield Progress(stage="convert", done=number, total=len(tensors))
+        _prove(lora, read_lora(temporary), target)
+
+
+def dialect_of(name: str) -> Dialect:
+    """Return the dialect called `name`; RequestError for others."""
+    row = next((row for row in DIALECTS if row.name == name), None)
+    if row is None:
+        known = ", ".join(row.name for row in DIALECTS)
+        raise RequestError(f"{name!r} is no dialect of LoRA; there are {known}", "pass --to comfyui",
+                           field="to", got=name, allowed=known)  # fmt: skip
+    return row
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise RequestError for a file that is there already, or is not named as what will be in it."""
+    if target.suffix != ".safetensors":
+        raise RequestError(f"{target} does not end in .safetensors", f"write to {target.with_suffix('.safetensors')}",
+                           field="OUT", got=str(target))  # fmt: skip
+    if target.exists() and not overwrite:
+        raise RequestError(f"{target} exists", "name another file, or pass --overwrite", field="OUT", got=str(target))
+
+
+# --- what becomes what ---------------------------------------------------------------------------------
+
+
+def _grouped(lora: LoraFile, dialect: Dialect) -> Iterator[tuple[Change, ...]]:
+    """The changes that are written together: parts of one fused matrix where that has one name, else each alone."""
+    together: dict[str, list[Change]] = {}
+    for change in lora.changes:
+        if change.fused and dialect.words == "official" and change.algorithm == "lora" and len(change.shape) == 2:
+            together.setdefault(change.target, []).append(change)
+        else:
+            yield (change,)
+    yield from (tuple(sorted(parts, key=lambda change: change.part)) for parts in together.values())
+
+
+def _spelled(lora: LoraFile, group: Sequence[Change], dialect: Dialect) -> Iterator[Written]:
+    change, is_lora = group[0], group[0].algorithm == "lora"
+    what = f"a {change.algorithm} of {change.target}"
+    if not is_lora and (not dialect.more or (change.fused and dialect.words == "official")):
+        raise _cannot(lora, dialect, what)
+    parts: Mapping[int, tuple[int, int] | None] = {0: None}
+    if dialect.words == "diffusers":
+        parts = {change.part: None} if change.fused else spelled_parts(change.target, lora.family, change.shape)
+    if not parts:
+        raise _cannot(lora, dialect, what)
+    for part, rows in parts.items():
+        module = module_in(change.target, dialect, lora.family, part)
+        if module is None or (rows is not None and (not is_lora or "magnitude" in change.tensors)):
+            raise _cannot(lora, dialect, what)
+        if change.algorithm == "diff":
+            yield _difference(lora, change, module)
+        elif is_lora:
+            yield from _low_rank(lora, group, dialect, module, rows)
+        else:
+            for role in sorted(change.tensors.keys() - {"alpha", "magnitude"}):
+                name = f"{module}.{'hada' if change.algorithm == 'loha' else 'lokr'}_{role}"
+                yield _as_is(lora, change, role, name)
+            yield from _alpha(lora, change, module)
+        yield from _magnitude(lora, change, dialect, module)
+
+
+def _difference(lora: LoraFile, change: Change, module: str) -> Written:
+    ending = DIFF_ENDINGS.get(change.target.rpartition(".")[2], ".diff")
+    if (scale := lora.scale(change)) == 1:
+        return _as_is(lora, change, "full", module + ending)
+    return Written(module + ending, change.shape, torch.float32, _bytes(change.shape, torch.float32),
+                   lambda: iter((lora.tensor(change, "full").float() * scale,)))  # fmt: skip
+
+
+def _low_rank(
+    lora: LoraFile, group: Sequence[Change], dialect: Dialect, module: str, rows: tuple[int, int] | None
+) -> Iterator[Written]:
+    change = group[0]
+    if change.fused and dialect.words == "official":
+        ranks = sum(lora.file.shape(part.tensors["down"])[0] for part in group)
+        down, up = (ranks, change.shape[1]), (_height(change), ranks)
+        yield Written(module + dialect.down, down, torch.float32, _bytes(down, torch.float32),
+                      lambda: iter((torch.cat([lora.tensor(part, "down").float() for part in group]),)))  # fmt: skip
+        yield Written(module + dialect.up, up, torch.float32, _bytes(up, torch.float32),
+                      lambda: iter((_blocks(lora, group, up),)))  # fmt: skip
+        return
+    factor = 1.0 if dialect.alpha else lora.scale(change)
+    # Halves and doubles are exact in any float; another scale would round the matrix once more.
+    dtype = lora.file.dtype(change.tensors["up"]) if _is_exact(factor) else torch.float32
+    shape = lora.file.shape(change.tensors["up"])
+    shape = shape if rows is None else (rows[1], *shape[1:])
+
+    def up_matrix() -> Iterator[Tensor]:
+        tensor = lora.tensor(change, "up")
+        tensor = tensor if rows is None else tensor.narrow(0, *rows)
+        yield tensor if factor == 1 else (tensor.float() * factor).to(dtype)
+
+    yield _as_is(lora, change, "down", module + dialect.down)
+    yield Written(module + dialect.up, shape, dtype, _bytes(shape, dtype), up_matrix)
+    if dialect.alpha:
+        yield from _alpha(lora, change, module)
+
+
+def _alpha(lora: LoraFile, change: Change, module: str) -> Iterator[Written]:
+    scale, rank = lora.scale(change), lora.rank(change)
+    if rank and (scale != 1 or "alpha" in change.tensors):
+        alpha = torch.tensor(scale * rank)
+        yield Written(f"{module}.alpha", (), torch.float32, 4, lambda: iter((alpha,)))
+
+
+def _magnitude(lora: LoraFile, change: Change, dialect: Dialect, module: str) -> Iterator[Written]:
+    if "magnitude" not in change.tensors:
+        return
+    tensor = lora.file.get(change.tensors["magnitude"])
+    by_row = tensor.ndim == 1 or tensor.shape[1] == 1
+    if not dialect.more and not by_row:
+        raise _cannot(lora, dialect, f"a DoRA by column of {change.target}")
+    tensor = tensor.flatten() if not dialect.more else tensor.reshape(-1, 1) if tensor.ndim == 1 else tensor
+    name = module + (".dora_scale" if dialect.more else ".lora_magnitude_vector")
+    yield Written(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes, lambda: iter((tensor,)))
+
+
+def _blocks(lora: LoraFile, group: Sequence[Change], shape: tuple[int, int]) -> Tensor:
+    """The up matrices of several parts as one, each beside its own rows and columns, scales included."""
+    whole, column = torch.zeros(shape), 0
+    for part in group:
+        up = lora.tensor(part, "up").float() * lora.scale(part)
+        start, _ = part.rows(shape[0])
+        whole[start : start + up.shape[0], column : column + up.shape[1]] = up
+        column += up.shape[1]
+    return whole
+
+
+def _height(change: Change) -> int:
+    """Rows of a fused matrix: as many times as wide as it has parts, of which FLUX's MLP counts for four."""
+    times = next(count for word, count in FUSED_HEIGHTS.items() if f".{word}." in change.target)
+    return change.shape[1] * times
+
+
+def _as_is(lora: LoraFile, change: Change, role: str, name: str) -> Written:
+    stored = change.tensors[role]
+    shape, dtype = lora.file.shape(stored), lora.file.dtype(stored)
+    return Written(name, shape, dtype, _bytes(shape, dtype), lambda: iter((lora.tensor(change, role),)))
+
+
+def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _is_exact(scale: float) -> bool:
+    return scale != 0 and float(torch.frexp(torch.tensor(abs(scale), dtype=torch.float64)).mantissa) == 0.5
+
+
+def _cannot(lora: LoraFile, dialect: Dialect, what: str) -> RequestError:
+    able = ", ".join(row.name for row in DIALECTS if row.more and row.words == "official")
+    return RequestError(f"{dialect.name} names have no place for {what}, which {lora.file.path} has",
+                        f"write it in one of: {able}", field="to", got=dialect.name, allowed=able)  # fmt: skip
+
+
+# --- the proof -------------------------------------------------------------------------------------------
+
+
+def _prove(before: LoraFile, after: LoraFile, target: Path) -> None:
+    """Raise OutputError unless both files change the same parameters by the same."""
+    wanted, found = _answers(before), _answers(after)
+    same = wanted.keys() == found.keys() and not after.leftover
+    for name in wanted if same else ():
+        limit = TOLERANCE * float(wanted[name].abs().max())
+        same = same and bool(((wanted[name] - found[name]).abs() <= max(limit, 1e-12)).all())
+    if not same:
+        raise OutputError(
+            f"{target} was written and read back, and is not the same change: nothing was kept",
+            "this is a fault of ours or of the disk: report it with the file's name",
+            path=str(target),
+        )
+
+
+def _answers(lora: LoraFile) -> Mapping[str, Tensor]:
+    """What each parameter's change makes of a few random inputs; vectors and magnitudes as they are."""
+    found: dict[str, Tensor] = {}
+    for change in lora.changes:
+        inner = replace(change, tensors={role: name for role, name in change.tensors.items() if role != "magnitude"})
+        branch = lora.branch(inner, None, torch.float32, "cpu")
+        if change.algorithm == "diff":
+            answer = branch.delta().flatten()[:, None]
+        else:
+            columns = torch.Size(change.shape[1:]).numel()
+            probe = torch.randn(PROBES, columns, generator=torch.Generator().manual_seed(columns))
+            answer = branch.forward(probe, lambda x: x).T
+        height = _height(change) if change.fused and len(change.shape) == 2 else len(answer)
+        start, rows = change.rows(height) if change.fused else (0, height)
+        whole = torch.zeros(max(height, start + rows), answer.shape[1])
+        whole[start : start + rows] = answer
+        before = found.get(change.target, torch.zeros(()))
+        found[change.target] = before + whole
+        if "magnitude" in change.tensors:
+            found[f"{change.target} magnitude"] = lora.file.get(change.tensors["magnitude"]).float().flatten()
+    return found

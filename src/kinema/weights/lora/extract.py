@@ -1,0 +1,150 @@
+"""A LoRA from two models: what the second has that the first has not, as the best matrices of low rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kinema.errors import OutputError, RequestError
+from kinema.schema import Progress
+from kinema.weights.lora.convert import DIFF_ENDINGS, check_target, dialect_of
+from kinema.weights.lora.dialects import Dialect, module_in
+from kinema.weights.lora.file import read_lora
+from kinema.weights.lora.weights import Weights
+from kinema.weights.writing import Written, whole_file, write_tensors
+
+EXACT_UP_TO = 512
+"""Smaller side of a matrix up to which all its singular values are computed; beyond, only those that are kept."""
+
+OVERSAMPLE, ITERATIONS = 16, 4
+SAME = 1e-9
+"""Relative change below which a parameter is taken for the same."""
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """matrices and others that changed, and what low rank left out: its norm over that of all the change."""
+
+    matrices: int
+    others: int
+    lost: float
+
+
+def extract(
+    base: Path, tuned: Path, target: Path, *, rank: int = 64, to: str = "comfyui", dtype: torch.dtype = torch.bfloat16,
+    overwrite: bool = False,
+) -> Generator[Progress, None, Extracted]:  # fmt: skip
+    """Write the LoRA of this rank that turns `base` into `tuned` as nearly as can be, yielding progress.
+
+    Matrices become two of low rank, by singular values; biases, norms, modulation and convolutions whole differences.
+    Peak memory is that of a few copies of the largest matrix. Raises RequestError for models that differ in structure
+    or not at all, OutputError where it cannot be written.
+    """
+    dialect = dialect_of(to)
+    check_target(target, overwrite)
+    if not 1 <= rank <= 4096:
+        raise RequestError(f"rank {rank} is not 1 to 4096", "pass --rank 64", field="rank", got=rank)
+    first, second = Weights(base), Weights(tuned)
+    if first.shapes != second.shapes:
+        raise RequestError(
+            f"{tuned.name} ({second.facts.structure}) is not built as {base.name} ({first.facts.structure})",
+            "take two files of one model",
+            field="TUNED",
+            got=str(tuned),
+        )
+
+    def change(name: str) -> Tensor:
+        return second.get(name) - first.get(name)
+
+    names: list[str] = []
+    for number, name in enumerate(first.shapes, 1):
+        difference = change(name)
+        if float(difference.norm()) > SAME * float(first.get(name).norm()):
+            names.append(name)
+        yield Progress(stage="compare", done=number, total=len(first.shapes))
+    if not names:
+        raise RequestError(f"{tuned.name} and {base.name} hold the same numbers", "take another file",
+                           field="TUNED", got=str(tuned))  # fmt: skip
+    tensors = [
+        tensor
+        for name in names
+        for tensor in _written(name, first.shapes[name], partial(change, name), dialect, rank, dtype)
+    ]
+    metadata = {"kinema_extracted": f"rank {rank}, {tuned.name} less {base.name}"}
+    with whole_file(target) as temporary:
+        for number, _ in enumerate(write_tensors(temporary, tensors, metadata, "safetensors"), 1):
+            yield Progress(stage="extract", done=number, total=len(tensors))
+        return (yield from _compared(temporary, names, change, first.shapes))
+
+
+def _written(
+    name: str, shape: tuple[int, ...], change: Callable[[], Tensor], dialect: Dialect, rank: int, dtype: torch.dtype
+) -> Iterator[Written]:
+    module = module_in(name, dialect, "wan")
+    if module is None:
+        raise RequestError(f"{dialect.name} names have no place for {name}", "pass --to comfyui",
+                           field="to", got=dialect.name)  # fmt: skip
+    last = name.rpartition(".")[2]
+    if len(shape) != 2 or last != "weight":
+        if not dialect.more:
+            raise RequestError(f"{dialect.name} names have no place for the change of {name}, which is no matrix",
+                               "pass --to comfyui", field="to", got=dialect.name)  # fmt: skip
+        ending = DIFF_ENDINGS.get(last, ".diff")
+        size = torch.Size(shape).numel() * dtype.itemsize
+        yield Written(module + ending, shape, dtype, size, lambda: iter((change().to(dtype),)))
+        return
+    kept = min(rank, *shape)
+    found: list[Tensor] = []
+
+    def down() -> Iterator[Tensor]:
+        up_matrix, down_matrix = low_rank(change(), kept)
+        found.append(up_matrix)
+        yield down_matrix.to(dtype)
+
+    yield Written(module + dialect.down, (kept, shape[1]), dtype, kept * shape[1] * dtype.itemsize, down)
+    yield Written(module + dialect.up, (shape[0], kept), dtype, kept * shape[0] * dtype.itemsize,
+                  lambda: iter((found.pop().to(dtype),)))  # fmt: skip
+
+
+def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return (up [out, rank], down [rank, in]) whose product is the nearest of that rank; both of equal size.
+
+    Large matrices are first projected on the directions they stretch most, found from random ones (the same at every
+    run). Source: arXiv:0909.4061, algorithm 4.4.
+    """
+    basis = None
+    if min(matrix.shape) > EXACT_UP_TO:
+        columns = min(rank + OVERSAMPLE, *matrix.shape)
+        basis = matrix @ torch.randn(matrix.shape[1], columns, generator=torch.Generator().manual_seed(0))
+        for _ in range(ITERATIONS):
+            basis = matrix @ (matrix.T @ torch.linalg.qr(basis).Q)
+        basis = torch.linalg.qr(basis).Q
+    u, s, v = torch.linalg.svd(matrix if basis is None else basis.T @ matrix, full_matrices=False)
+    root = s[:rank].sqrt()
+    u = u[:, :rank] if basis is None else basis @ u[:, :rank]
+    return u * root, root[:, None] * v[:rank]
+
+
+def _compared(
+    path: Path, names: list[str], change: Callable[[str], Tensor], shapes: dict[str, tuple[int, ...]]
+) -> Generator[Progress, None, Extracted]:
+    """Read the file back: each parameter once, and what its change leaves of the true one."""
+    lora = read_lora(path)
+    if sorted(item.target for item in lora.changes) != sorted(names) or lora.leftover:
+        raise OutputError(f"{path.name} was written and read back, and does not change what it should",
+                          "nothing was kept; report it", path=str(path))  # fmt: skip
+    lost = size = 0.0
+    for number, item in enumerate(lora.changes, 1):
+        wanted = change(item.target)
+        wanted = wanted.flatten(1) if item.algorithm == "lora" else wanted
+        found = lora.branch(item, None, torch.float32, "cpu").delta().view_as(wanted)
+        lost += float((wanted - found).square().sum(dtype=torch.float64))
+        size += float(wanted.square().sum(dtype=torch.float64))
+        yield Progress(stage="read back", done=number, total=len(names))
+    matrices = sum(item.algorithm == "lora" for item in lora.changes)
+    return Extracted(matrices, len(names) - matrices, (lost / size) ** 0.5)

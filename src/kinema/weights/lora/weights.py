@@ -1,0 +1,87 @@
+"""A model file as the numbers a LoRA changes: parameters by official name, in float32, however they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from kinema.errors import RequestError
+from kinema.lora import LoraFacts, LoraRef, Unmatched
+from kinema.weights.detect import inspect, name_suggests
+from kinema.weights.keys import translate
+from kinema.weights.lora.file import read_lora
+from kinema.weights.lora.fuse import Fusion
+from kinema.weights.lora.match import lora_facts
+from kinema.weights.quantised.schemes import open_weights
+
+
+class Weights:
+    """The parameters of one checkpoint. Raises CheckpointError for a file that is no model."""
+
+    def __init__(self, path: Path) -> None:
+        self.facts = inspect(path)
+        self.path = path
+        self._file = open_weights(path)
+        self._translation = translate(self._file)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: self._translation.shape(self._file, name) for name in self._translation.sources}
+
+    def get(self, name: str) -> Tensor:
+        """Return one parameter, float32."""
+        packed = self._translation.packed(self._file, name)
+        return packed.dequantised() if packed is not None else self._translation.read(self._file, name).float()
+
+
+def fitted(refs: Sequence[LoraRef], weights: Weights) -> Fusion:
+    """Return the LoRAs as they are added to a model's weights.
+
+    Raises RequestError for one that would not act wholly or is named as the other expert's, unless it says `allow`.
+    """
+    for ref in refs:
+        facts = fit(ref.path, weights)
+        found = facts.matches["dit"]
+        lost = unexplained(found.unmatched)
+        if not found.targets or (lost and "unmatched" not in ref.allow):
+            first = "; ".join(f"{item.name}: {item.why}" for item in lost[:3])
+            raise RequestError(
+                f"lora {ref.path} matches {len(found.targets)} of {facts.total} parts of {weights.path.name}: {first}",
+                "take a LoRA made for this model, or write FILE,allow=unmatched to do without those parts",
+                field="lora",
+                got=str(ref),
+            )
+        suggested = name_suggests(weights.path)
+        if facts.name_suggests and suggested not in (None, facts.name_suggests) and "expert" not in ref.allow:
+            raise RequestError(
+                f"lora {ref.path} is named as the {facts.name_suggests}-noise LoRA, {weights.path.name} as the "
+                f"{suggested}-noise expert",
+                "take the other one, or write FILE,allow=expert if it is meant",
+                field="lora",
+                got=str(ref),
+            )
+        if ref.steps:
+            raise RequestError(f"lora {ref.path}: steps={ref.steps[0]}-... means nothing for weights in a file",
+                               "leave it out", field="lora", got=str(ref))  # fmt: skip
+    return Fusion(refs, weights.shapes)
+
+
+def fit(path: Path, weights: Weights) -> LoraFacts:
+    """Return what a LoRA is and how it fits one model."""
+    return lora_facts(read_lora(path), {"dit": weights.shapes})
+
+
+def unexplained(items: Iterable[Unmatched]) -> list[Unmatched]:
+    return [item for item in items if item.kind != "image branch"]
+
+
+def sizes(ref: LoraRef, weights: Weights) -> float:
+    """Return by how much a LoRA changes the weights of a model at strength 1: norm of the change over theirs."""
+    fusion = Fusion([ref], weights.shapes)
+    for name in weights.shapes:
+        if name in fusion:
+            fusion(name, weights.get(name))
+    return fusion.sizes[0]
