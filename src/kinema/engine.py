@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kinema import ops
 from kinema.clips.kept import CLIPS_SUFFIX, KeptClips
@@ -32,7 +32,7 @@ from kinema.media.preview import preview_rgb
 from kinema.media.video import write
 from kinema.models.encoders import UMT5, ClipVision, encode_padded, encode_prompts
 from kinema.models.wan_vae import WanVAE
-from kinema.planning import make_plan, output_folder, plan_output, sidecars
+from kinema.planning import make_plan, memory, output_folder, plan_output, sidecars
 from kinema.planning.cost import work
 from kinema.residents import BackgroundHashes, Residents
 from kinema.runtime.finite import first_nonfinite
@@ -40,6 +40,7 @@ from kinema.runtime.machine import PeakMemory, record_calibration
 from kinema.sampling.denoiser import Branch, noise, sample
 from kinema.schema import (
     Event,
+    Expert,
     Facts,
     LoraPlan,
     MediaFacts,
@@ -220,15 +221,15 @@ class Engine:
         rows = yield from self._encode_prompts(plan, stages)
         if plan.flux is not None:
             _stop_if(cancelled)
-            return flux_conditions(plan, rows, self._models.get)
+            return flux_conditions(plan, rows, partial(self._get, plan))
         clip = concat = clean = None
         if plan.images:
             _stop_if(cancelled)
             with stages.measure("encode images"):
                 yield (meter := Meter("encode images", 1)).start()
                 if plan.clip_vision is not None:
-                    clip = ops.encode_clip(cast(ClipVision, self._models.get(plan.clip_vision)), plan)
-                concat, clean = ops.encode_images(cast(WanVAE, self._models.get(plan.vae)), plan)
+                    clip = ops.encode_clip(cast(ClipVision, self._get(plan, plan.clip_vision)), plan)
+                concat, clean = ops.encode_images(cast(WanVAE, self._get(plan, plan.vae)), plan)
                 yield meter.tick()
         else:
             concat, clean = ops.encode_images(None, plan)
@@ -254,7 +255,7 @@ class Engine:
         keys = [(plan.text_encoder, plan.text_len, text) for text in texts]
         new = [text for text, key in zip(texts, keys, strict=True) if key not in self._texts]
         if new:
-            encoder = cast(UMT5, self._models.get(plan.text_encoder))
+            encoder = cast(UMT5, self._get(plan, plan.text_encoder))
             ref = plan.text_encoder
             tokenizer = load_tokenizer(ref.files, ref.tokenizer, ref.component)
             encode = encode_padded if ref.component == "t5" else encode_prompts
@@ -277,14 +278,13 @@ class Engine:
         meter: Meter,
     ) -> Generator[Event, None, Tensor]:
         device = torch.device(plan.device)
-        velocity = ops.Velocity(
-            lambda expert: cast(ops.DiT, self._models.get(plan.experts[expert])), conditions, device
-        )
+        together = any(ref.resident_blocks is not None for ref in plan.experts.values())
+        velocity = ops.Velocity(partial(self._expert, plan), conditions, device, together)
         first = plan.experts[plan.steps[0].expert]
         if first not in self._models:
             with stages.measure("load"):
                 yield (meter := Meter("load", 1)).start()
-                self._models.get(first)
+                self._get(plan, first)
                 yield meter.tick()
         clean = conditions["cond"].clean_BCFhw
         factors = ops.preview_factors(plan) if plan.output.preview is not None else None
@@ -327,7 +327,7 @@ class Engine:
         if paths:
             try:
                 with stages.measure("decode"):
-                    frames = ops.decode_frames(cast(ops.VAE, self._models.get(plan.vae)), latents_CFhw, plan)
+                    frames = ops.decode_frames(cast(ops.VAE, self._get(plan, plan.vae)), latents_CFhw, plan)
                     yield from self._write(plan, seed, frames, paths, cancelled)
             except Exception as error:
                 raise _unfinished(error, safe) from error
@@ -399,7 +399,7 @@ class Engine:
             rows = yield from self._encode_prompts(plan, stages)
         with stages.measure("encode inputs"):
             yield (inputs := Meter("encode inputs", 1)).start()
-            task = clip_task(plan, self._models.get, rows, partial(_stop_if, cancelled))
+            task = clip_task(plan, partial(self._get, plan), rows, partial(_stop_if, cancelled))
             yield inputs.tick()
         meter = Meter("sample", len(plan.steps) * (len(plan.clips) - len(kept)), seed)
 
@@ -413,6 +413,18 @@ class Engine:
             return latents_CFhw
 
         yield from make_clips(plan.clips, task, sample_clip, stages.measure)
+
+    # --- models --------------------------------------------------------------------------------------
+
+    def _get(self, plan: Plan, ref: ModelRef) -> nn.Module:
+        """The loaded model, with room for what it does in this plan."""
+        module = self._models.get(ref, memory.need(plan, ref), memory.usable(plan))
+        if isinstance(module, WanVAE):
+            module.history_on_host = plan.vae_cache == "cpu"
+        return module
+
+    def _expert(self, plan: Plan, expert: Expert) -> ops.DiT:
+        return cast(ops.DiT, self._get(plan, plan.experts[expert]))
 
     # --- small things --------------------------------------------------------------------------------
 

@@ -64,7 +64,7 @@ def encode_images(vae: WanVAE | None, plan: Plan) -> tuple[Tensor | None, Tensor
         return None, None
     if vae is None or not plan.images:
         return torch.zeros(1, 4 + channels, latent_frames, h, w), None
-    images = {image.role: read_planned(image).to(vae.latent_mean.device) for image in plan.images}
+    images = {image.role: read_planned(image) for image in plan.images}
     if plan.first_frame == "overwrite":
         return None, vae.encode(images["first"][None, :, None], tile=plan.tile)
     return image_channels(vae, images, plan.frames, plan.chunk, plan.tile), None

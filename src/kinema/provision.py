@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from kinema.catalog.choice import Card, Choice, Offer, choose, choose_part, loras, nearest, offers, part_offers
 from kinema.catalog.files import CatalogFile, FileSet, Store, find_set
 from kinema.errors import CatalogError, MachineError
-from kinema.planning.cost import dit_activation_bytes
+from kinema.planning.activations import dit_bytes, ffn_pieces
 
 TIERS = tuple(size * 10**9 for size in (8, 12, 16, 24, 32, 48, 80))
 """Cards that the tables answer for, in bytes."""
@@ -50,7 +50,9 @@ def activation_bytes(item: FileSet, store: Store) -> float:
     config = {"dim": shape.dim, "ffn_dim": shape.ffn_dim, "num_layers": shape.num_layers}
     latent_frames = (shape.frames - 1) // 4 + 1
     rows, columns = height // shape.stride, width // shape.stride
-    return dit_activation_bytes(config, latent_frames, rows, columns, TEXT_ROWS, 2, 2)
+    tokens = latent_frames * (rows // 2) * (columns // 2)
+    part = -(-tokens // ffn_pieces(config, 2))
+    return dit_bytes(config, tokens, 2 * TEXT_ROWS, 2, branches=2, ffn_tokens=part)
 
 
 def provide(item: FileSet, store: Store, card: Card, *, with_loras: bool = False) -> Provision:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,16 +20,14 @@ from kinema.lora import LoraRef
 from kinema.models.encoders import UMT5, ClipVision, check_encoder
 from kinema.models.flux import FluxDiT
 from kinema.models.wan import WanDiT
+from kinema.planning.memory import leaving
 from kinema.runtime.attention import attention
-from kinema.runtime.machine import free_memory
+from kinema.runtime.blocks import BlockStream, Ring
 from kinema.schema import ModelRef
 from kinema.weights.hashes import HashCache
 from kinema.weights.load import load
 from kinema.weights.lora.attach import attach, detach
 from kinema.weights.lora.fuse import fusion_of
-
-HEADROOM = 0.9
-"""Share of the free memory that models may take; activations need the rest."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def without_branches(ref: ModelRef) -> ModelRef:
 
 
 class Residents:
-    """Loaded models by recipe. `get` loads what is not there, making room first; `clear` drops all.
+    """Loaded models by recipe, least recently used first. `get` loads what is not there; `clear` drops all.
 
     LoRAs beside the weights are no part of what is loaded: they are changed on the model that is there.
     """
@@ -53,25 +52,18 @@ class Residents:
     def __init__(self) -> None:
         self._modules: OrderedDict[ModelRef, nn.Module] = OrderedDict()
         self._worn: dict[ModelRef, Worn] = {}
+        self._rings: dict[str, Ring] = {}
 
-    def get(self, ref: ModelRef) -> nn.Module:
-        """Return the loaded model of this recipe.
+    def get(self, ref: ModelRef, need: float = 0, limit: float = 0) -> nn.Module:
+        """Return the loaded model of this recipe, with room for `need` bytes of work within `limit` (0: none).
 
-        LoRAs beside its weights are at strength 0 until `set_strengths`.
+        Others leave for it as planning.memory says. LoRAs beside its weights are at strength 0 until `set_strengths`.
         Raises CheckpointError for a file that does not hold it, MachineError where it cannot be loaded.
         """
         loras, ref = ref.loras if ref.lora_mode == "branch" else (), without_branches(ref)
+        self.make_room(ref, need, limit)
         if ref not in self._modules:
-            self._make_room(ref)
-            fused = fusion_of(ref)
-            module = load(ref, fused)
-            if isinstance(module, UMT5 | ClipVision):
-                check_encoder(module, ref.files[0])
-            if isinstance(module, WanDiT | FluxDiT):
-                module.attention = attention(ref.attention, ref.device)
-            self._modules[ref] = module
-            if fused.sizes:
-                self._worn[ref] = Worn((), fused.sizes)
+            self._modules[ref] = self._load(ref)
         self._modules.move_to_end(ref)
         self._wear(ref, loras)
         return self._modules[ref]
@@ -81,13 +73,54 @@ class Residents:
         base = without_branches(ref)
         return self._worn[base].sizes if base in self._modules and base in self._worn else ()
 
+    def make_room(self, ref: ModelRef, need: float, limit: float) -> None:
+        """Drop what has to leave before `ref` works."""
+        gone = leaving(list(self._modules), [ref], need, limit)
+        for other in gone:
+            self._worn.pop(other, None)
+            runner = getattr(self._modules.pop(other), "run_blocks", None)
+            if isinstance(runner, BlockStream):
+                runner.close()
+        if gone:
+            self._release()
+
     def __contains__(self, ref: ModelRef) -> bool:
         return without_branches(ref) in self._modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
     def clear(self) -> None:
         self._modules.clear()
         self._worn.clear()
+        for ring in self._rings.values():
+            ring.close()
+        self._rings.clear()
         self._release()
+
+    def _load(self, ref: ModelRef) -> nn.Module:
+        fused = fusion_of(ref)
+        module = load(ref, fused)
+        if isinstance(module, WanDiT | FluxDiT):
+            module.attention = attention(ref.attention, ref.device)
+        if isinstance(module, WanDiT):
+            module.ffn_tokens = ref.ffn_tokens
+        self._stream(ref, module)
+        if isinstance(module, UMT5 | ClipVision):
+            check_encoder(module, ref.files[0])
+        if fused.sizes:
+            self._worn[ref] = Worn((), fused.sizes)
+        return module
+
+    def _stream(self, ref: ModelRef, module: nn.Module) -> None:
+        """Give the model the block runner its recipe asks for."""
+        if ref.resident_blocks is None:
+            return
+        if ref.device not in self._rings:
+            self._rings[ref.device] = Ring(ref.device)
+        groups = module.block_groups()  # type: ignore[operator]
+        runner: Any = BlockStream(groups, self._rings[ref.device], ref.resident_blocks)
+        module.run_blocks = runner
 
     def _wear(self, ref: ModelRef, loras: Sequence[LoraRef]) -> None:
         """Have just these LoRAs beside the weights of a loaded model; the same files and layers stay as they are."""
@@ -96,16 +129,15 @@ class Residents:
         if worn.key == key:
             return
         model = self._modules[ref]
+        runner = getattr(model, "run_blocks", None)
+        if isinstance(runner, BlockStream):
+            runner.close()
         if worn.key:
             self._worn.pop(ref)
             detach(model)
         if key:
             self._worn[ref] = Worn(key, attach(model, loras, getattr(torch, ref.dtype)))
-
-    def _make_room(self, ref: ModelRef) -> None:
-        while self._modules and ref.weight_bytes > HEADROOM * free_memory(ref.device):
-            self._worn.pop(self._modules.popitem(last=False)[0], None)
-            self._release()
+        self._stream(ref, model)
 
     def _release(self) -> None:
         gc.collect()

@@ -20,6 +20,8 @@ Expert = Literal["model", "high", "low"]
 Solver = Literal["unipc", "dpmpp", "euler"]
 Precision = Literal["fast", "reference"]
 Quantise = Literal["fp8", "fp8-64", "int8"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Placement = Literal["device", "streamed", "cpu"]
 Component = Literal[
     "dit",
     "vae",
@@ -58,6 +60,16 @@ def _check_size(value: str | None) -> str | None:
     return value
 
 
+UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def _parse_bytes(value: Any) -> Any:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(value).lower())
+    if isinstance(value, str) and (found is None or found[2] not in UNITS):
+        raise ValueError(f"{value!r} is not an amount of memory; for example 12GB, 11.5GiB or 800MB")
+    return round(float(found[1]) * UNITS[found[2]]) if found and isinstance(value, str) else value
+
+
 def _split(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
@@ -67,6 +79,7 @@ def _one_or_many(value: Any) -> Any:
 
 
 SizeText = Annotated[str | None, BeforeValidator(_parse_size), AfterValidator(_check_size)]
+Bytes = Annotated[int | None, BeforeValidator(_parse_bytes)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)]
 
 
@@ -152,6 +165,19 @@ class Request(Frozen):
         "Multiply fp8 matrices as they are, activations rounded to fp8. Default: where the GPU can, in fast precision.",
     )
     device: str | None = _field("machine", "cpu, cuda, cuda:1 or mps. Default: the best present.")
+    vram: Bytes = _field("machine", "Device memory to stay within, such as 12GB. Default: what is free.", gt=0)
+    ram: Bytes = _field("machine", "Host memory to stay within, such as 32GB. Default: what is free.", gt=0)
+    dtype: Dtype | None = _field("machine", "float32, bfloat16 or float16: what the DiT computes in.")
+    blocks_to_swap: int | None = _field(
+        "machine", "Blocks of each expert that pass through two slots of memory instead of staying.", ge=0
+    )
+    text_encoder_on: Placement | None = _field(
+        "machine", "device, streamed (block by block) or cpu: where the text encoder runs."
+    )
+    ffn_tokens: int | None = _field("machine", "Tokens that pass a feed-forward at once, where memory is short.", ge=1)
+    vae_cache: Literal["device", "cpu"] | None = _field(
+        "machine", "device or cpu: where the VAE keeps the frames it remembers."
+    )
     tile: int | None = _field("machine", "VAE tile edge in pixels, a multiple of 16, where memory is short.", ge=64)
     chunk: int | None = _field("machine", "Latent frames the VAE takes at once.", ge=1)
 
@@ -237,6 +263,8 @@ class FileFacts(Frozen):
     quantisation       how its packed weights are stored, in words; "" for a plain file.
     packed_parameters  parameters that stay packed when it is loaded, of packed_bytes.
     matrix_parameters  parameters that may be packed when it is loaded: those of its large linear layers.
+    blocks              parameters of each block, with those of the modules that run with it.
+    float32_parameters  how many of the others stay float32 whatever the dtype.
     """
 
     path: Path
@@ -257,6 +285,8 @@ class FileFacts(Frozen):
     ignored: tuple[str, ...] = ()
     has_tokenizer: bool = False
     name_suggests: Literal["high", "low"] | None = None
+    blocks: tuple[int, ...] = ()
+    float32_parameters: int = 0
 
 
 class MediaFacts(Frozen):
@@ -402,6 +432,10 @@ class ModelRef(Frozen):
     quantisation  how its large matrices are held: in words as the file has them, or a Quantise they are rounded to
                   when loaded; "" holds them plain, in `dtype`.
     fp8_matmul    multiply fp8 matrices as they are, activations rounded to fp8 row by row.
+    stored           dtype of most of the file.
+    blocks, float32_parameters   as in FileFacts.
+    resident_blocks  how many blocks stay on the device, the others being streamed; None: the model is there as a whole.
+    ffn_tokens       tokens that pass a feed-forward at once; None: all.
     """
 
     component: Component
@@ -409,7 +443,7 @@ class ModelRef(Frozen):
     dialect: str
     container: Literal["safetensors", "pth", "gguf"]
     config: dict[str, Any]
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Dtype
     device: str = "cpu"
     bytes: int = 0
     parameters: int = 0
@@ -421,6 +455,11 @@ class ModelRef(Frozen):
     tokenizer: Path | None = None
     loras: tuple[LoraRef, ...] = ()
     lora_mode: Literal["branch", "fuse"] = "branch"
+    stored: str = ""
+    blocks: tuple[int, ...] = ()
+    float32_parameters: int = 0
+    resident_blocks: int | None = None
+    ffn_tokens: int | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -491,11 +530,18 @@ class LoraPlan(Frozen):
 
 
 class StageCost(Frozen):
-    """Prediction for one stage. `seconds` is None where this machine has no calibration yet."""
+    """Prediction for one stage. `seconds` is None where this machine has no calibration yet.
+
+    peak_bytes    on the device, models of earlier stages that stay included.
+    host_bytes    of host memory beside a GPU; 0 on a CPU.
+    mapped_bytes  of files mapped on a CPU: memory that the system lends while it has some, and is in no peak.
+    """
 
     stage: str
     peak_bytes: int
     seconds: float | None = None
+    host_bytes: int = 0
+    mapped_bytes: int = 0
 
 
 class OutputPlan(Frozen):
@@ -590,6 +636,17 @@ class FluxPlan(Frozen):
     redux: ModelRef | None = None
 
 
+class Limits(Frozen):
+    """Memory in bytes a run stays within, on the device and on the host; 0: unknown. On a CPU they are one.
+
+    given  Request fields by which the user decided how memory is used.
+    """
+
+    device: int = 0
+    host: int = 0
+    given: tuple[str, ...] = ()
+
+
 class Plan(Frozen):
     """Every decision of a run, no tensors. `kinema plan` prints it; the output file carries it; replay runs it.
 
@@ -638,6 +695,8 @@ class Plan(Frozen):
     device: str
     tile: int | None = None
     chunk: int = 1
+    vae_cache: Literal["device", "cpu"] = "device"
+    limits: Limits = Limits()
     costs: tuple[StageCost, ...] = ()
     output: OutputPlan
     notes: tuple[Note, ...] = ()

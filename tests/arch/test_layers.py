@@ -63,7 +63,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "kinema.runtime",
         "kinema.weights",
     ),
-    "kinema.residents": (*BELOW_WEIGHTS, "kinema.runtime", "kinema.weights"),
+    "kinema.residents": (*BELOW_WEIGHTS, "kinema.planning.memory", "kinema.runtime", "kinema.weights"),
     "kinema.ops": BELOW_OPS,
     "kinema.pose": ("kinema.errors", "kinema.schema", "kinema.media.pixels"),
     "kinema.driving": (*TENSORS, "kinema.media", "kinema.planning.geometry", "kinema.pose"),

@@ -292,7 +292,7 @@ def test_encoded_texts_and_models_are_reused(engine: Engine, ask, monkeypatch: p
     finish(engine, ask("tiny-t2v"))
     loads = []
     original = engine._models.get
-    monkeypatch.setattr(engine._models, "get", lambda ref: loads.append(ref.component) or original(ref))
+    monkeypatch.setattr(engine._models, "get", lambda ref, *room: loads.append(ref.component) or original(ref, *room))
     finish(engine, ask("tiny-t2v", save=ask("tiny-t2v").save.with_name("again.mp4")))
     assert "text_encoder" not in loads and "dit" in loads
 

@@ -148,7 +148,9 @@ def test_reference_tokens_are_noisy_where_the_first_frame_is_clean():
     time = model.time_embedding(sinusoid(torch.tensor([[731.25, 0.0, 731.25]]), model.config.freq_dim))
     assert_golden(stream.time_BRD, time, 1e-6)
     assert stream.video().segments == (0, 12, 24)
-    assert torch.equal(model(x, timesteps, context), model.unembed(model.through_blocks((stream,), (context,))[0]))
+    streams = [stream]
+    model.through_blocks(streams, [context])
+    assert torch.equal(model(x, timesteps, context), model.unembed(streams[0]))
 
 
 def test_wrong_conditions_are_refused():

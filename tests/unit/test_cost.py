@@ -111,15 +111,6 @@ def test_seconds_come_from_the_nearest_size_measured():
     assert cost.predict_seconds(4e12, calibration, "decode") is None
 
 
-def test_memory_grows_with_what_fills_it():
-    base = cost.dit_activation_bytes(DIT_14B, 21, 60, 104, 512, 2, 2)
-    assert 2e9 < base < 8e9
-    assert cost.dit_activation_bytes(DIT_14B, 21, 60, 104, 512, 2, 4) > 1.3 * base
-    whole, tile = (cost.vae_activation_bytes(VAE_21, 1, h, w, 4, decoder=True) for h, w in ((60, 104), (32, 32)))
-    assert 6 < whole / tile < 6.2
-    assert cost.vae_activation_bytes(VAE_21, 4, 60, 104, 4, decoder=True) > 2.5 * whole
-
-
 def test_a_plan_is_priced_stage_by_stage():
     from plan.world import plan
 
@@ -130,6 +121,7 @@ def test_a_plan_is_priced_stage_by_stage():
     assert all(price.seconds == pytest.approx(3) for price in cost.estimate(small, machine))
     roomy = {price.stage: price.peak_bytes for price in cost.estimate(small, machine)}
     tight_machine = machine.model_copy(update={"memory_free": 40 * 10**9})
-    tight = {price.stage: price.peak_bytes for price in cost.estimate(small, tight_machine)}
-    experts = {ref.parameters * 2 for ref in small.experts.values()}
-    assert roomy["sample"] > sum(experts) and max(experts) < tight["sample"] < roomy["sample"]
+    narrow = plan("wan2.2-t2v-a14b", facts={"machine": tight_machine})
+    tight = {price.stage: price.peak_bytes for price in cost.estimate(narrow, tight_machine)}
+    experts = [ref.parameters * 2 for ref in small.experts.values()]
+    assert roomy["sample"] > sum(experts) > tight["sample"] > max(experts) / 2

@@ -15,6 +15,7 @@ from kinema.catalog.folders import Folders
 from kinema.catalog.installed import find_files
 from kinema.cli.tell import duration, gigabytes
 from kinema.errors import CatalogError
+from kinema.planning.memory import block_parameters
 from kinema.schema import CatalogEntry, ModelRef, Plan, Settings
 
 WIDTH = 10_000
@@ -57,12 +58,31 @@ def _facts(plan: Plan) -> Table:
         "loras": "\n".join(lora.said for lora in plan.loras),
         "preset": plan.preset or "",
         "runs on": f"{plan.device}, {plan.precision}",
+        "memory": "; ".join(_memory(plan)),
         "output": ", ".join(str(path) for paths in plan.output.paths for path in paths),
     }
     for name, value in facts.items():
         if value:
             table.add_row(name, _plain(value))
     return table
+
+
+def _memory(plan: Plan) -> list[str]:
+    """How the run keeps within its memory, and which of it the user decided."""
+    expert = next(iter(plan.experts.values()))
+    count, stay = len(block_parameters(expert)), expert.resident_blocks
+    encoder = plan.text_encoder
+    said = [f"within {gigabytes(plan.limits.device)}"] if plan.limits.device else []
+    if plan.device != "cpu" and plan.limits.host:
+        said.append(f"{gigabytes(plan.limits.host)} on the host")
+    said += [f"{stay} of {count} blocks of the DiT stay, the others are streamed"] if stay is not None else []
+    said += [f"feed-forward {expert.ffn_tokens} tokens at a time"] if expert.ffn_tokens else []
+    said += ["text encoder streamed"] if encoder.resident_blocks is not None else []
+    said += ["text encoder on the CPU"] if encoder.device == "cpu" and plan.device != "cpu" else []
+    said += ["VAE cache on the host"] if plan.vae_cache == "cpu" else []
+    said += [f"VAE in tiles of {plan.tile} pixels"] if plan.tile else []
+    given = ", ".join("--" + field.replace("_", "-") for field in plan.limits.given)
+    return [*said, f"as asked: {given}"] if given else said
 
 
 def _files(plan: Plan) -> Table:
@@ -105,11 +125,13 @@ def _costs(plan: Plan) -> Table:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("stage")
     table.add_column("peak memory", justify="right")
+    table.add_column("mapped files" if plan.device == "cpu" else "host memory", justify="right")
     table.add_column("time", justify="right")
     for cost in plan.costs:
         table.add_row(
             cost.stage,
             gigabytes(cost.peak_bytes),
+            gigabytes(cost.mapped_bytes if plan.device == "cpu" else cost.host_bytes),
             "not measured yet" if cost.seconds is None else duration(cost.seconds),
         )
     return table

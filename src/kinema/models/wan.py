@@ -9,7 +9,7 @@ Parity: tests/parity/test_wan_dit.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -72,6 +72,7 @@ class WanDiT(nn.Module):
 
     attention    self-attention core, read at every forward: see `layers.Attention`.
     run_blocks   has the weights of each block at hand while it is used: see `layers.RunBlocks`.
+    ffn_tokens   how many tokens pass a feed-forward at once, where memory is short; None: all.
 
     Forward and `prepare` may be differentiated; nothing is kept on the model between calls.
     """
@@ -85,6 +86,7 @@ class WanDiT(nn.Module):
         self.config = config
         self.attention = sdpa
         self.run_blocks = run_in_order
+        self.ffn_tokens: int | None = None
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=PATCH, stride=PATCH)
         self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
@@ -176,6 +178,7 @@ class WanDiT(nn.Module):
             rope_LK=rope_table(grid, self.config.head_dim, dtype=self._rope_dtype(context), device=tokens.device),
             grid=grid,
             attention=self.attention,
+            ffn_tokens=self.ffn_tokens,
         )
         for adapter, state in context.adapters:
             stream = adapter.embed(self, stream, state)
@@ -203,16 +206,20 @@ class WanDiT(nn.Module):
         contexts      of several guidance branches, all of which pass a block before the next one's turn: where weights
                       have to be brought, they are brought once.
         """
-        streams = tuple(self._enter(x_BCFhw, timesteps_B, context) for context in contexts)
-        return torch.cat([self.unembed(stream) for stream in self.through_blocks(streams, contexts)])
+        streams = [self._enter(x_BCFhw, timesteps_B, context) for context in contexts]
+        self.through_blocks(streams, contexts)
+        return torch.cat([self.unembed(stream) for stream in streams])
 
-    def through_blocks(self, streams: tuple[Stream, ...], contexts: tuple[Context, ...]) -> tuple[Stream, ...]:
-        """Return the streams after all blocks, each under its own context."""
+    def through_blocks(self, streams: list[Stream], contexts: Sequence[Context]) -> None:
+        """Take every stream through all blocks, each under its own context: each is replaced by what becomes of it."""
 
-        def step(block: nn.Module, index: int, streams: tuple[Stream, ...]) -> tuple[Stream, ...]:
-            return tuple(block(stream, context, index) for stream, context in zip(streams, contexts, strict=True))
+        def step(block: nn.Module, index: int, streams: list[Stream]) -> list[Stream]:
+            for branch, context in enumerate(contexts):
+                # In place, so that no branch's tokens of before live on beside the next branch's.
+                streams[branch] = block(streams[branch], context, index)
+            return streams
 
-        return self.run_blocks(self.blocks, step, streams)
+        self.run_blocks(self.blocks, step, streams)
 
     def _enter(self, x_BCFhw: Tensor, timesteps_B: Tensor, context: Context) -> Stream:
         _, _, frames, height, width = x_BCFhw.shape

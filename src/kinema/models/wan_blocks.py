@@ -53,6 +53,7 @@ class Stream:
     grid             latent frames, rows and columns of tokens.
     attention        the self-attention core of this pass.
     front            how many tokens come before the video's.
+    ffn_tokens       how many tokens pass a feed-forward at once; None: all. Its hidden rows are the widest there are.
     side_BLD         a second stream beside the tokens, token for token, where an adapter runs one.
     """
 
@@ -65,6 +66,7 @@ class Stream:
     attention: Attention
     front: int = 0
     side_BLD: Tensor | None = None
+    ffn_tokens: int | None = None
 
     def video(self) -> Stream:
         """Return the stream of the video's tokens alone, without those that adapters put around them."""
@@ -150,14 +152,24 @@ class Block(nn.Module):
         x_BLD, segments = stream.tokens_BLD, stream.segments
         rows = (self.modulation.float() + stream.modulation_BR6D).unbind(2)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
-        y_BLD = self.self_attn(modulate(self.norm1(x_BLD), shift_attn, scale_attn, segments), stream)
-        x_BLD = gated_add(x_BLD, y_BLD, gate_attn, segments)
-        x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD), context, index)
-        y_BLD = self.ffn(modulate(self.norm2(x_BLD), shift_ffn, scale_ffn, segments))
-        stream = replace(stream, tokens_BLD=gated_add(x_BLD, y_BLD, gate_ffn, segments))
+        # Rounded here, once for all layers that read it: the float32 rows need not live as long as those do.
+        dtype = context.kv[index][0].dtype
+        n_BLD = modulate(self.norm1(x_BLD), shift_attn, scale_attn, segments).to(dtype)
+        x_BLD = gated_add(x_BLD, self.self_attn(n_BLD, stream), gate_attn, segments)
+        n_BLD = self.norm3(x_BLD).to(dtype)
+        x_BLD = x_BLD + self.cross_attn(n_BLD, context, index)
+        n_BLD = modulate(self.norm2(x_BLD), shift_ffn, scale_ffn, segments).to(dtype)
+        x_BLD = gated_add(x_BLD, self.feed_forward(n_BLD, stream), gate_ffn, segments)
+        stream = replace(stream, tokens_BLD=x_BLD)
         for adapter, state in context.adapters:
             stream = adapter.after_block(index, stream, context, state)
         return stream
+
+    def feed_forward(self, x_BLD: Tensor, stream: Stream) -> Tensor:
+        if stream.ffn_tokens is None:
+            y_BLD: Tensor = self.ffn(x_BLD)
+            return y_BLD
+        return torch.cat([self.ffn(part) for part in x_BLD.split(stream.ffn_tokens, 1)], dim=1)
 
 
 class ClipEmbedding(nn.Module):

@@ -174,12 +174,15 @@ class WanVAE(nn.Module):
     """Encode clips to normalised latents and back. State-dict keys are the official spelling.
 
     Computes in the weights' dtype, returns float32. Keeps nothing between calls.
+
+    history_on_host   what the causal convolutions remember of a clip waits in host memory, not on the device.
     """
 
     def __init__(self, config: WanVAEConfig) -> None:
         super().__init__()
         self.config = config
         self.z_dim = config.z_dim
+        self.history_on_host = False
         self.temporal_stride = 2 ** sum(config.temporal_downsample)
         self.spatial_stride = config.patch * 2 ** (len(config.dim_mult) - 1)
         self.encoder = Encoder(config)
@@ -257,6 +260,12 @@ class WanVAE(nn.Module):
         return unpatchify(self.decoder(self.conv2(z), history), self.config.patch).float()
 
     def _tiles(self, height: int, width: int, tile: int | None) -> list[Tile]:
+        tiles = self._cut(height, width, tile)
+        for one in tiles:
+            one.history.on_host = self.history_on_host
+        return tiles
+
+    def _cut(self, height: int, width: int, tile: int | None) -> list[Tile]:
         """Tiles over height x width latent cells, `tile` given in pixels."""
         if tile is None:
             return [Tile((0, height), (0, width))]
@@ -272,7 +281,7 @@ class WanVAE(nn.Module):
 
     def _enter(self, x: Tensor) -> Tensor:
         """Bring x to the dtype of the weights and the layout all layers keep (frames fold into the batch as a view)."""
-        return x.to(self.conv2.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
+        return x.to(self.conv2.weight).contiguous(memory_format=torch.channels_last_3d)
 
     def _per_channel(self, values: tuple[float, ...] | None) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.conv2.weight.device).view(-1, 1, 1, 1)

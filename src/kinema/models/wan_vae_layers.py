@@ -20,11 +20,13 @@ from torch import Tensor, nn
 class History(dict[nn.Module, Tensor]):
     """The last frames each temporal layer saw of one clip (and one tile of it); empty at the start of a clip.
 
-    last   set before a clip's last chunk: nothing is remembered any more, which spares its memory
-           (for a still image, all of it).
+    last     set before a clip's last chunk: nothing is remembered any more, which spares its memory
+             (for a still image, all of it).
+    on_host  keep it in host memory.
     """
 
     last = False
+    on_host = False
 
     def exchange(self, layer: nn.Module, x: Tensor, frames: int) -> Tensor | None:
         """Return what `layer` remembered (None at the start of a clip) and remember the last `frames` frames of x.
@@ -43,6 +45,8 @@ class History(dict[nn.Module, Tensor]):
                 self[layer] = F.pad(x, (0, 0, 0, 0, missing, 0))
             else:
                 self[layer] = torch.cat([past[:, :, -missing:], x], dim=2)
+            if self.on_host:
+                self[layer] = self[layer].to("cpu")
         return past
 
     def park(self) -> None:

@@ -1,4 +1,4 @@
-"""What a plan will take: floating-point operations, bytes and seconds of each stage, before anything is loaded.
+"""What a plan will take: floating-point operations and seconds of each stage, before anything is loaded.
 
 Pure arithmetic over the configurations in a plan; a multiply-add counts as 2. Knows nothing of tensors:
 the formulas follow the models' layers, and tests/unit/test_cost.py counts those layers' real operations.
@@ -10,44 +10,27 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from kinema.planning import flux_cost
+from kinema.planning import flux_cost, memory
 from kinema.planning.flux_cost import is_flux
-from kinema.schema import Machine, ModelRef, Plan, StageCost, calibration_key
+from kinema.schema import Machine, Plan, StageCost, calibration_key
 
 Config = Mapping[str, Any]
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-RESIDENT_SHARE = 0.9  # of the free memory: what may stay loaded from earlier stages
-FIXED_BYTES = 500_000_000  # Python, torch and its libraries
-WORKSPACE = 1.5  # what convolution libraries add to their tensors; measured on a CPU, 1.3 to 1.8
 FARTHEST_DECADE = 2  # a rate measured on work of another size, by this factor of ten, predicts nothing
 
 
 def estimate(plan: Plan, machine: Machine) -> tuple[StageCost, ...]:
-    """Return peak memory of each stage, and its seconds where this machine has done the like before.
-
-    Peaks are bytes on the device, models of earlier stages included where they fit beside.
-    """
+    """Return the costs of each stage, with its seconds where this machine has done the like before."""
     amounts = work(plan)
-    costs = []
-    loaded: list[ModelRef] = []
-    for stage, refs in _models(plan).items():
-        activations = _activations(plan, stage)
-        own = max(_weights(ref) for ref in refs)
-        peak = own + activations + (FIXED_BYTES if plan.device == "cpu" else 0)
-        for ref in reversed([*loaded, *refs]):
-            size = _weights(ref)
-            if ref != max(refs, key=_weights) and peak + size <= RESIDENT_SHARE * machine.memory_free:
-                peak += size
-        loaded += [ref for ref in refs if ref not in loaded]
-        seconds = predict_seconds(amounts[stage], machine.calibration, stage)
-        costs.append(StageCost(stage=stage, peak_bytes=round(peak), seconds=seconds))
-    return tuple(costs)
+    return tuple(
+        cost.model_copy(update={"seconds": predict_seconds(amounts[cost.stage], machine.calibration, cost.stage)})
+        for cost in memory.costs(plan)
+    )
 
 
 def work(plan: Plan) -> dict[str, float]:
     """Return the work of each stage for one seed: FLOPs, of "load" bytes. Stages the plan lacks are left out."""
-    texts = [plan.prompt, *([plan.negative] if _branches(plan) > 1 else [])]
+    texts = [plan.prompt, *([plan.negative] if any(step.guidance != 1.0 for step in plan.steps) else [])]
     tokens = [min(len(text.encode()) / 4 + 2, plan.text_len) for text in texts]  # about 4 bytes a token
     _, frames, height, width = plan.latent
     amounts = {"encode text": sum(text_encoder_flops(plan.text_encoder.config, count) for count in tokens)}
@@ -56,7 +39,8 @@ def work(plan: Plan) -> dict[str, float]:
         amounts["encode images"] = vae_encode_flops(plan.vae.config, latent_frames, height, width)
         if plan.clip_vision is not None:
             amounts["encode images"] += len(plan.images) * clip_flops(plan.clip_vision.config)
-    amounts["load"] = float(_weights(plan.experts[plan.steps[0].expert]))
+    first = plan.experts[plan.steps[0].expert]
+    amounts["load"] = float(first.parameters * memory.BYTES[first.dtype])
     clip_tokens = len(plan.images) * clip_tokens_of(plan.clip_vision.config) if plan.clip_vision else 0
     dit = {
         expert: dit_flops(ref.config, frames, height, width, plan.text_len, clip_tokens)
@@ -218,86 +202,3 @@ def _encoder(config: Config, first: bool) -> Iterator[_Conv]:
     yield from _blocks(dims[-1], dims[-1], 2, taps, frames, area)
     yield _Conv(dims[-1], 2 * z, taps, frames, area, True)
     yield _Conv(2 * z, 2 * z, 1, frames, area)
-
-
-# --- memory --------------------------------------------------------------------------------------
-
-
-def _models(plan: Plan) -> dict[str, list[ModelRef]]:
-    """Return the models of each stage, in the order they run."""
-    stages = {"encode text": [plan.text_encoder]}
-    if plan.images:
-        stages["encode images"] = [plan.vae, *([plan.clip_vision] if plan.clip_vision else [])]
-    experts = list(plan.experts.values())
-    return stages | {"load": [plan.experts[plan.steps[0].expert]], "sample": experts, "decode": [plan.vae]}
-
-
-def _weights(ref: ModelRef) -> int:
-    return ref.weight_bytes
-
-
-def _branches(plan: Plan) -> int:
-    return 2 if any(step.guidance != 1.0 for step in plan.steps) else 1
-
-
-def _activations(plan: Plan, stage: str) -> float:
-    _, frames, height, width = plan.latent
-    if stage == "sample":
-        return max(
-            dit_activation_bytes(ref.config, frames, height, width, plan.text_len, _branches(plan), BYTES[ref.dtype])
-            for ref in plan.experts.values()
-        )
-    if stage == "decode":
-        height, width = _tiled(plan, height), _tiled(plan, width)
-        return vae_activation_bytes(plan.vae.config, plan.chunk, height, width, BYTES[plan.vae.dtype], decoder=True)
-    if stage == "encode images":
-        height, width = _tiled(plan, height), _tiled(plan, width)
-        return vae_activation_bytes(plan.vae.config, plan.chunk, height, width, BYTES[plan.vae.dtype], decoder=False)
-    if stage == "encode text":
-        config = plan.text_encoder.config
-        return float(4 * plan.text_len * (3 * config["ffn_dim"] + 2 * config["dim"]))
-    return 0.0
-
-
-def _tiled(plan: Plan, cells: int) -> int:
-    stride = plan.height // plan.latent[2]
-    return min(cells, plan.tile // stride) if plan.tile else cells
-
-
-def dit_activation_bytes(
-    config: Config, frames: int, height: int, width: int, text_rows: int, branches: int, dtype_bytes: int
-) -> float:
-    """Return bytes above the weights at the fullest moment of a forward.
-
-    The residual stream and one normalised copy are float32; then either queries, keys, values and the
-    float32 pair of a rotation are alive, or the feed-forward's two hidden rows. Keys and values of the
-    context are kept for every branch.
-    """
-    tokens = frames * (height // 2) * (width // 2)
-    if is_flux(config):
-        return branches * flux_cost.transformer_bytes(config, tokens, text_rows, dtype_bytes)
-    d, ffn = config["dim"], config["ffn_dim"]
-    attention = 4 * d * dtype_bytes + 16 * d
-    feed_forward = (2 * ffn + d) * dtype_bytes + 4 * d
-    context = branches * config["num_layers"] * 2 * text_rows * d * dtype_bytes
-    return float(tokens * (8 * d + max(attention, feed_forward)) + context)
-
-
-def vae_activation_bytes(
-    config: Config, chunk: int, height: int, width: int, dtype_bytes: int, *, decoder: bool
-) -> float:
-    """Return bytes above the weights at the fullest layer, plus what the causal convolutions remember.
-
-    height, width  of the latents, or of a tile of them; chunk: latent frames at a time.
-    """
-    cells = height * width
-    if is_flux(config):
-        return flux_cost.autoencoder_bytes(config, cells, dtype_bytes, decoder=decoder)
-    convs = list((_decoder if decoder else _encoder)(config, first=False))
-    memory = sum(2 * c.in_channels * c.area for c in convs if c.history)
-    # Input, its copy with two remembered frames in front, output, and the block's own input for the shortcut.
-    fullest = max(
-        c.area * (c.in_channels * (3 * chunk * c.frames + (2 if c.history else 0)) + c.out_channels * chunk * c.frames)
-        for c in convs
-    )
-    return float(WORKSPACE * cells * dtype_bytes * (memory + fullest))

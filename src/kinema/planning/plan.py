@@ -10,13 +10,14 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kinema.errors import MachineError, RequestError
+from kinema.errors import RequestError
 from kinema.planning.camera import plan_camera
 from kinema.planning.checks import check_components, check_media
 from kinema.planning.cost import estimate
 from kinema.planning.flux import flux_images, plan_flux
 from kinema.planning.geometry import LATENT_CHANNELS, PATCH, SPATIAL_STRIDE, latent_frames
 from kinema.planning.lora import plan_loras, step_strengths, with_loras, with_preset
+from kinema.planning.memory import fit
 from kinema.planning.outputs import plan_output
 from kinema.planning.quantisation import multiplied, quantised
 from kinema.planning.shape import plan_images, plan_length, plan_size, plan_tile
@@ -107,7 +108,8 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         output=plan_output(request, facts, seeds, frames, prompt, notes),
         notes=tuple(notes),
     )
-    return _with_costs(plan, facts)
+    fitted = fit(plan, request, facts.machine)
+    return fitted.model_copy(update={"costs": estimate(fitted, facts.machine)})
 
 
 def _task(request: Request, entry: CatalogEntry) -> str:
@@ -253,7 +255,7 @@ def _dtype(precision: Precision, machine: Machine) -> Any:
 def _experts(
     request: Request, entry: CatalogEntry, facts: Facts, precision: Precision, notes: list[Note]
 ) -> dict[Expert, ModelRef]:
-    dtype = _dtype(precision, facts.machine)
+    dtype = request.dtype or _dtype(precision, facts.machine)
     config = {"text_len": entry.text_len} if entry.family == "wan" else {}
     roles: Mapping[Expert, str] = {"high": "dit_high", "low": "dit", "model": "dit"}
     refs = {}
@@ -297,20 +299,8 @@ def _ref(
         quantisation=file.quantisation,
         packed_parameters=file.packed_parameters,
         packed_bytes=file.packed_bytes,
+        stored=file.dtype,
+        blocks=file.blocks,
+        float32_parameters=file.float32_parameters if dtype != "float32" else 0,
         tokenizer=facts.tokenizer if facts else None,
     )
-
-
-def _with_costs(plan: Plan, facts: Facts) -> Plan:
-    costs = estimate(plan, facts.machine)
-    peak = max(costs, key=lambda cost: cost.peak_bytes)
-    machine = facts.machine
-    if machine.memory_total and peak.peak_bytes > machine.memory_total:
-        raise MachineError(
-            f"{peak.stage} needs about {peak.peak_bytes / 1e9:.1f} GB; {machine.name or machine.device} has "
-            f"{machine.memory_total / 1e9:.1f} GB",
-            "take fewer frames, a smaller --size or a smaller model",
-            need=peak.peak_bytes,
-            have=machine.memory_total,
-        )
-    return plan.model_copy(update={"costs": costs})

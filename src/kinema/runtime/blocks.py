@@ -20,21 +20,24 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kinema.models.layers import HELD_AS
+
 ALIGNMENT = 256
 """Bytes; tensors begin at multiples of it in a slot, as those of torch's own allocator do."""
-
-HELD_AS = "held_as"
-"""Attribute of a parameter that is left as its file stores it: the dtype it has in a slot."""
 
 State = TypeVar("State")
 
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor of a unit: the dictionary of its module it hangs in, what it is made from, where in a slot it goes."""
+    """One tensor of a unit: the dictionary of its module it hangs in, what it is made from, where in a slot it goes.
+
+    given   what hung there before, of which `source` is the data.
+    """
 
     owner: dict[str, Any]
     name: str
+    given: Tensor
     source: Tensor
     dtype: torch.dtype
     offset: int
@@ -58,7 +61,7 @@ class Unit:
                 for name, tensor in owner.items():
                     if tensor is not None:
                         dtype = getattr(tensor, HELD_AS, tensor.dtype)
-                        places.append(Place(owner, name, tensor.detach(), dtype, offset))
+                        places.append(Place(owner, name, tensor, tensor.detach(), dtype, offset))
                         offset += -(-tensor.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         self.places, self.bytes = tuple(places), offset
         if stays and all(place.source.device == device and place.source.dtype == place.dtype for place in places):
@@ -79,6 +82,12 @@ class Unit:
     def leave(self) -> None:
         for place in self.places:
             place.owner[place.name] = torch.empty(place.source.shape, dtype=place.dtype, device="meta")
+
+    def restore(self) -> None:
+        """Give the modules back what they held before they were streamed."""
+        for place in self.places:
+            place.owner[place.name] = place.given
+        self.settled = False
 
     def settle(self, slot: Tensor) -> None:
         """Stay on the device for good, in a copy of the slot."""
@@ -142,6 +151,15 @@ class Ring:
                 slot.free.record(torch.cuda.current_stream(self.device))
             # The other slot is claimed first next time, unless what is in it is wanted.
             self._slots = (*(other for other in self._slots if other is not slot), slot)
+
+    def forget(self, units: Iterable[Unit]) -> None:
+        """Let go of units whose model leaves: a slot would keep its tensors alive."""
+        leaving = set(units)
+        for slot in self._slots:
+            if slot.unit in leaving:
+                if slot.filled is not None:
+                    slot.filled.exception()
+                slot.unit = slot.filled = None
 
     def clear(self) -> None:
         """Wait for copies under way and give the slots back."""
@@ -213,6 +231,13 @@ class BlockStream:
                 with self.ring.hold(unit, self._next(units[index + 1 :])):
                     state = step(block, index, state)
         return state
+
+    def close(self) -> None:
+        """Leave the ring to others, and the modules with the tensors they had."""
+        self.then = None
+        self.ring.forget(self.units)
+        for unit in self.units:
+            unit.restore()
 
     def _next(self, units: Sequence[Unit]) -> Unit | None:
         later = next((unit for unit in units if not unit.settled), None)

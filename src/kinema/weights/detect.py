@@ -14,6 +14,7 @@ from typing import Literal
 
 from torch import nn
 
+from kinema.models.layers import tensors_of
 from kinema.schema import Component, FileFacts
 from kinema.weights.files import TensorFile
 from kinema.weights.folders import find_tokenizer, resolve_folder
@@ -21,7 +22,7 @@ from kinema.weights.keys import Translation, components_of, translate
 from kinema.weights.quantised.layers import packable
 from kinema.weights.quantised.schemes import describe, open_weights
 from kinema.weights.quantised.stored import StoredPacked
-from kinema.weights.structure import MODELS, Shapes, build_for
+from kinema.weights.structure import FLOAT32_KEYS, MODELS, Shapes, build_for
 
 __all__ = ["components_in", "find_tokenizer", "inspect", "resolve_folder"]
 
@@ -41,6 +42,7 @@ def inspect(path: Path | str | Sequence[Path], component: Component | None = Non
     config = model.config(shapes)
     module = build_for(shapes, config)
     packed, matrices = _packed(file, translation, module)
+    blocks, float32_parameters = _sizes(module, translation.dialect.component)
     return FileFacts(
         path=file.path,
         files=file.files,
@@ -60,12 +62,28 @@ def inspect(path: Path | str | Sequence[Path], component: Component | None = Non
         ignored=tuple(_counted(pattern, names) for pattern, names in translation.ignored.items()),
         has_tokenizer="spiece_model" in file,
         name_suggests=name_suggests(file.path) if translation.dialect.component == "dit" else None,
+        blocks=blocks,
+        float32_parameters=float32_parameters,
     )
 
 
 def components_in(path: Path | str | Sequence[Path]) -> tuple[Component, ...]:
     """Return the components a checkpoint holds: several of an all-in-one file, none of one that is not known."""
     return components_of(open_weights(path))
+
+
+def _sizes(module: nn.Module, component: Component) -> tuple[tuple[int, ...], int]:
+    """Return parameters of each block with what runs with it, and of the rest those that stay float32."""
+    groups: list[list[nn.Module]] = module.block_groups() if hasattr(module, "block_groups") else []  # type: ignore[operator]
+    within = [{id(tensor): tensor for part in group for tensor in tensors_of(part)} for group in groups]
+    inside = {number for group in within for number in group}
+    keeps = FLOAT32_KEYS.get(component, lambda _: False)
+    outside = (
+        tensor.numel()
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if keeps(name) and id(tensor) not in inside
+    )
+    return tuple(sum(tensor.numel() for tensor in group.values()) for group in within), sum(outside)
 
 
 def name_suggests(path: Path) -> Literal["high", "low"] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema.errors import CheckpointError
-from kinema.models import flux, wan
+from kinema.models.layers import HELD_AS, tensors_of
 from kinema.models.tokenizer import Tokenizer
 from kinema.models.wan import constant
 from kinema.schema import Component, ModelRef
@@ -20,13 +20,7 @@ from kinema.weights.lora.fuse import Fusion, fusion_of
 from kinema.weights.quantised.layers import packable, swap
 from kinema.weights.quantised.packed import ON_LOAD, Packed, quantise
 from kinema.weights.quantised.schemes import describe, open_weights
-from kinema.weights.structure import WHAT, Shapes, build, check
-
-FLOAT32_KEYS: dict[Component, Callable[[str], bool]] = {
-    "dit": wan.stays_float32,
-    "flux_dit": flux.stays_float32,
-}
-"""Which official names stay float32 whatever the dtype asked for."""
+from kinema.weights.structure import FLOAT32_KEYS, WHAT, Shapes, build, check
 
 
 def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
@@ -34,6 +28,7 @@ def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
 
     On the CPU, tensors already of the right dtype stay mapped: they cost no memory of their own until they are used,
     and then only page cache. Others are converted one by one, so that there is never a second copy of the model.
+    Where blocks are streamed, theirs stay mapped on any device, as stored: the block runner brings and converts them.
     LoRAs to be fused are added in float32 before that, on the way; `fused`, made by `fusion_of`, knows afterwards by
     how much they changed the weights.
     Raises CheckpointError for missing, left-over or misshapen tensors.
@@ -49,14 +44,21 @@ def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
     fused = fused or fusion_of(ref)
     names = list(module.state_dict())
     dtype, keeps = getattr(torch, ref.dtype), FLOAT32_KEYS.get(ref.component, lambda _: False)
+    mapped = _left_mapped(module, ref)
     for name, packed in _packed_weights(ref, file, translation, module, fused):
-        swap(module, name, packed.to(ref.device), dtype, fp8_matmul=ref.fp8_matmul)
+        swap(module, name, packed.to("cpu" if name in mapped else ref.device), dtype, fp8_matmul=ref.fp8_matmul)
         names.remove(name)
-    state = {
-        name: _placed(file, translation, name, torch.float32 if keeps(name) else dtype, ref.device, fused)
-        for name in names
-    }
-    module.load_state_dict(state, strict=True, assign=True)
+
+    def value(name: str) -> Tensor:
+        wanted = torch.float32 if keeps(name) else dtype
+        if name in mapped and name not in fused and translation.packed(file, name) is None:
+            return _value(file, translation, name)
+        return _placed(file, translation, name, wanted, "cpu" if name in mapped else ref.device, fused)
+
+    module.load_state_dict({name: value(name) for name in names}, strict=True, assign=True)
+    for name, tensor in module.named_parameters():
+        if name in mapped and tensor.is_floating_point():
+            setattr(tensor, HELD_AS, torch.float32 if keeps(name) else dtype)
     unfilled = [name for name, tensor in chain(module.named_parameters(), module.named_buffers()) if tensor.is_meta]
     assert not unfilled, f"{type(module).__name__} made {unfilled[:3]} outside its state dict on the meta device"
     return module.requires_grad_(False).eval()
@@ -92,6 +94,16 @@ def _rounded(weight: Tensor, ref: ModelRef, name: str) -> Packed:
             key=name,
         )
     return quantise(weight, kind, scales)
+
+
+def _left_mapped(module: nn.Module, ref: ModelRef) -> set[str]:
+    """Names of the tensors that stay as the file has them: those of streamed blocks, and the table of tokens."""
+    if ref.resident_blocks is None:
+        return set()
+    groups: list[list[nn.Module]] = module.block_groups()  # type: ignore[operator]
+    inside = {id(tensor) for group in groups for part in group for tensor in tensors_of(part)}
+    tensors = module.state_dict(keep_vars=True)
+    return {name for name, tensor in tensors.items() if id(tensor) in inside or name.startswith("token_embedding.")}
 
 
 def load_tokenizer(encoder: Sequence[Path], tokenizer: Path | None, component: Component = "text_encoder") -> Tokenizer:

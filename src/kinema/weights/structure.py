@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from kinema.errors import CheckpointError, KinemaError
+from kinema.models import flux, wan
 from kinema.models.clip_text import ClipText, ClipTextConfig
 from kinema.models.encoders import UMT5, ClipVision, ClipVisionConfig, TextEncoderConfig
 from kinema.models.flux import FluxConfig, FluxDiT
@@ -417,6 +418,13 @@ class Model:
     arguments: Callable[..., Any]
     module: Callable[[Any], nn.Module]
     describe: Callable[[Mapping[str, Any]], str]
+
+
+FLOAT32_KEYS: dict[Component, Callable[[str], bool]] = {
+    "dit": wan.stays_float32,
+    "flux_dit": flux.stays_float32,
+}
+"""Which official names stay float32 whatever the dtype asked for."""
 
 
 MODELS: dict[Component, Model] = {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kinema.lora import LoraRef
+from kinema.models.layers import HELD_AS
 from kinema.weights.lora.branches import Branch, Difference
 from kinema.weights.lora.file import Change, LoraFile, read_lora
 from kinema.weights.lora.match import match
@@ -180,7 +181,7 @@ def _attach_one(
     if not linear:
         dtype = torch.float32
     elif isinstance(layer, nn.Linear):
-        dtype = layer.weight.dtype
+        dtype = getattr(layer.weight, HELD_AS, layer.weight.dtype)
     branch = lora.branch(change, before, dtype, value.device)
     if isinstance(branch, Difference):
         branch.full = branch.full.reshape(before.shape)

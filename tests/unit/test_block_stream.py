@@ -15,8 +15,9 @@ from torch import nn
 
 from checkpoints import TINY, tiny
 from kinema.models.encoders import UMT5, ClipVision
+from kinema.models.layers import HELD_AS
 from kinema.models.wan import WanDiT
-from kinema.runtime.blocks import HELD_AS, BlockStream, Ring, Unit, streamed
+from kinema.runtime.blocks import BlockStream, Ring, Unit, streamed
 from kinema.tensors import Conditions
 
 NUM_LAYERS = 5
