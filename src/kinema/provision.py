@@ -8,7 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from kinema.catalog.choice import Card, Choice, Offer, choose, choose_part, loras, nearest, offers, part_offers
+from kinema.catalog.choice import (
+    Card,
+    Choice,
+    Offer,
+    choose,
+    choose_part,
+    loras,
+    nearest,
+    offers,
+    part_offers,
+    tokenizer,
+)
 from kinema.catalog.files import CatalogFile, FileSet, Store, find_set
 from kinema.errors import CatalogError, MachineError
 from kinema.planning.activations import dit_bytes, ffn_pieces
@@ -24,7 +35,7 @@ class Provision:
     """Everything one model needs on one card.
 
     files    in the order of roles: DiT, shared parts, LoRAs.
-    mode     how the DiT runs there.
+    mode     how the DiT runs there; peak_bytes of the card, at `size` and `frames`.
     notes    sentences: substitutions, what would be better with more.
     """
 
@@ -32,6 +43,8 @@ class Provision:
     files: tuple[CatalogFile, ...]
     mode: str
     peak_bytes: int
+    size: tuple[int, int]
+    frames: int
     notes: tuple[str, ...] = ()
 
     @property
@@ -58,19 +71,22 @@ def activation_bytes(item: FileSet, store: Store) -> float:
 def provide(item: FileSet, store: Store, card: Card, *, with_loras: bool = False) -> Provision:
     """Return the best files of a model for a card; MachineError where the disk holds none."""
     parts = [choose_part(part_offers(part, store), card) for part in item.parts]
-    shared = tuple(file for offer in parts if offer for file in offer.files)
+    encoders = (file for offer in parts if offer for file in offer.files)
+    shared = tuple(one for file in encoders for one in (file, *tokenizer(file, store)))
     extra = loras(item, store) if with_loras else ()
     taken = sum(file.bytes or 0 for file in (*shared, *extra))
     left = replace(card, disk=None if card.disk is None else card.disk - taken)
     on_offer = offers(item, store)
-    activations, num_layers = activation_bytes(item, store), store.shapes[item.shape].num_layers
+    shape, activations = store.shapes[item.shape], activation_bytes(item, store)
+    num_layers = shape.num_layers
     choice = choose(on_offer, left, activations, num_layers)
     if choice is None:
         raise _no_room(item, on_offer, card, taken)
     notes = _notes(item, choice, on_offer, left, activations, num_layers)
     streamed = 2 * choice.offer.largest / num_layers
     weights = choice.offer.largest if choice.mode == "resident" else streamed
-    return Provision(item, (*choice.offer.files, *shared, *extra), choice.mode, round(weights + activations), notes)
+    files = (*choice.offer.files, *shared, *extra)
+    return Provision(item, files, choice.mode, round(weights + activations), shape.size, shape.frames, notes)
 
 
 def provide_precision(item: FileSet, precision: str, store: Store, card: Card, *, with_loras: bool) -> Provision:

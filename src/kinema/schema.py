@@ -95,7 +95,7 @@ class Request(Frozen):
     prompt: str | None = _field("what", "What the video shows.")
     negative: str | None = _field("what", "What it should not show. Default: the model's own negative prompt.")
 
-    model: str | None = _field("model", "Catalog name, or a folder with the model's files.")
+    model: str | None = _field("model", "Catalog name, a folder with the model's files, or hf:OWNER/NAME.")
     dit: Path | None = _field("model", "DiT file or folder; of two-expert models the low-noise expert.")
     dit_high: Path | None = _field("model", "DiT file or folder of the high-noise expert.")
     vae: Path | None = _field("model", "VAE file or folder.")

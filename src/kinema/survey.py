@@ -17,6 +17,7 @@ from kinema.catalog.files import FileSet, Store, load_store
 from kinema.catalog.folders import Folders
 from kinema.catalog.installed import Chosen, Need, find_files, missing
 from kinema.catalog.loras import known_lora, load_loras
+from kinema.catalog.sources import fetched, parse_source
 from kinema.errors import CatalogError, RequestError
 from kinema.lora import LORA_SYNTAX, LoraFacts, LoraRef
 from kinema.media.camera import pose_facts
@@ -124,7 +125,7 @@ def _locate(
 ) -> tuple[dict[str, Path], tuple[Note, ...]]:
     """Paths by role, and what was chosen: flags win over the folder or the installed files of the named model."""
     roles = (*COMPONENTS, "tokenizer", "clip_tokenizer")
-    flags = {role: getattr(request, role) for role in roles if getattr(request, role)}
+    flags = {role: _here(getattr(request, role), settings) for role in roles if getattr(request, role)}
     for role, path in flags.items():
         if not path.exists():
             raise CatalogError(f"--{role.replace('_', '-')} {path}: no such file", _near(path), name=str(path))
@@ -139,7 +140,7 @@ def _locate(
             )
         return flags, ()
     if named is None:
-        folder = Path(str(request.model)).expanduser()
+        folder = _here(request.model, settings).expanduser()
         if not folder.is_dir():
             raise CatalogError(f"--model {folder}: no such folder", _near(folder), name=str(folder))
         return {**resolve_folder(folder, given=flags), **flags}, ()
@@ -156,6 +157,12 @@ def _with_parts_inside(paths: dict[str, Path]) -> dict[str, Path]:
     held = components_in(paths["dit"])
     inside = {role for role, kinds in COMPONENTS.items() if len(held) > 1 and set(kinds) & set(held)}
     return {**dict.fromkeys(sorted(inside), paths["dit"]), **paths}
+
+
+def _here(place: Path | str | None, settings: Settings) -> Path:
+    """Return a path as given; of an address hf:OWNER/NAME:PATTERN where it was pulled to."""
+    source = parse_source(str(place))
+    return Path(str(place)) if source is None else fetched(source, Folders.of(settings))
 
 
 def installed(entry: CatalogEntry, settings: Settings, machine: Machine, given: Collection[str] = ()) -> Chosen:

@@ -17,8 +17,9 @@ import pytest
 from pydantic import SecretStr
 
 from kinema.catalog.files import CatalogFile
-from kinema.catalog.hub import HubClient, Source, parse_source
+from kinema.catalog.hub import HubClient
 from kinema.catalog.pull import Wanted, pull, wanted, wanted_from
+from kinema.catalog.sources import Source, parse_source
 from kinema.catalog.transfer import record_of
 from kinema.errors import Cancelled, CatalogError, MachineError
 from kinema.schema import Event, Hub, Note, Progress

@@ -141,17 +141,18 @@ def test_models_and_sets_agree():
         if item is None:
             continue
         assert item.experts == (entry.experts if "high" in entry.experts else ()), name
-        assert f"{entry.vae}-vae" in item.parts, name
+        assert ("flux-ae" if entry.family == "flux" else f"{entry.vae}-vae") in item.parts, name
         assert ("clip-vit-h" in item.parts) == bool(entry.structure.get("has_clip_tokens")), name
         shape = STORE.shapes[item.shape]
-        assert shape.dim == entry.structure["dim"] and shape.num_layers == entry.structure.get("num_layers", 30), name
+        assert shape.dim == entry.structure["dim"], name
+        assert shape.num_layers == entry.structure.get("num_layers", shape.num_layers), name
 
 
-def test_every_file_a_model_names_has_a_row():
-    places = {file.place for file in STORE.files}
+def test_every_role_of_a_model_has_a_published_file():
+    known = {file.name for file in STORE.files}
     for name, entry in load_catalog().items():
-        lacking = [place for names in entry.files.values() for place in names if place not in places]
-        assert lacking == [] or name == "demo", name
+        for role, places in entry.files.items():
+            assert name == "demo" or not places or known & {place.rsplit("/", 1)[-1] for place in places}, (name, role)
 
 
 def test_gated_files_have_open_copies_where_there_are_some():
@@ -165,7 +166,8 @@ def test_gated_files_have_open_copies_where_there_are_some():
 @pytest.mark.parametrize(
     ("precision", "expected"),
     [("bf16", "16-bit"), ("F16", "16-bit"), ("fp8_e4m3fn_scaled_kj_v2", "fp8_scaled"), ("fp8_e4m3fn", "fp8"),
-     ("Q4_K_M", "Q4_K_M"), ("svdq_int4_r32", None), ("nf4_bnb", None), ("int8_quanto", None), ("nvfp4", None)],
+     ("Q4_K_M", "Q4_K_M"), ("svdq_int4_r32", None), ("nf4_bnb", None), ("int8_quanto", "int8"),
+     ("int8_convrot", "int8"), ("nvfp4", None)],
 )  # fmt: skip
 def test_a_precision_is_one_that_is_read_or_none(precision: str, expected: str | None):
     assert kind(precision) == expected
@@ -212,7 +214,12 @@ def test_a_row_that_is_no_file_is_refused_with_its_place(tmp_path: Path, row: st
 
 
 def test_folders_are_those_of_comfyui():
-    known = {name for names in KEYS.values() for name in names} | {"xlabs", "ipadapter-flux", "pulid"}
+    known = {name for names in KEYS.values() for name in names} | {
+        "xlabs",
+        "ipadapter-flux",
+        "pulid",
+        "text_encoders/google",
+    }
     assert {file.folder for file in STORE.files if file.folder} <= known
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from kinema.catalog.files import CatalogFile, FileSet, Store
 
 ORDER = (
-    "16-bit", "fp8_scaled", "Q8_0", "fp8_e5m2_scaled", "Q6_K", "fp8", "Q5_K_M", "Q5_1", "Q5_K_S", "Q5_0",
+    "16-bit", "fp8_scaled", "Q8_0", "int8", "fp8_e5m2_scaled", "Q6_K", "fp8", "Q5_K_M", "Q5_1", "Q5_K_S", "Q5_0",
     "Q4_K_M", "Q4_1", "Q4_K_S", "Q4_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
 )  # fmt: skip
 """Precisions that are read, best first. Plain fp8 stands low: it rounds norms and biases too."""
@@ -68,8 +68,10 @@ def kind(precision: str) -> str | None:
     word = precision.split(" ")[0]
     if word.casefold() in ("bf16", "fp16", "fp32", "f16", "f32", "16-bit", "fp16/bf16", "as", "mixed_bf16"):
         return "16-bit"
-    if re.fullmatch(r"fp8(_e4m3fn)?_scaled(_kj)?(_v2)?", word):
+    if re.fullmatch(r"fp8(_e4m3fn)?_scaled(_kj)?(_v2)?|fp8(_e4m3_scaled)?_lightx2v", word):
         return "fp8_scaled"
+    if word.startswith("int8"):
+        return "int8"
     if word.startswith("fp8_e5m2_scaled"):
         return "fp8_e5m2_scaled"
     if word in ("fp8", "fp8_e4m3fn", "fp8_e5m2"):
@@ -95,14 +97,17 @@ def offers(item: FileSet, store: Store) -> list[Offer]:
 
 
 def part_offers(part: str, store: Store) -> list[Offer]:
-    """Return the files of a shared part that run without another file, best first."""
-    wanted = store.parts[part].role.removesuffix("_2")
-    found = [
-        file
-        for file in store.serving(part)
-        if file.role == wanted and _is_plain(file) and file.folder and not _bare_encoder(file)
-    ]
+    """Return the files of a shared part, best first."""
+    wanted = store.parts[part].role
+    found = [file for file in store.serving(part) if file.role == wanted and _is_plain(file) and file.folder]
     return sorted((Offer((file,)) for file in found), key=_preference)
+
+
+def tokenizer(encoder: CatalogFile, store: Store) -> tuple[CatalogFile, ...]:
+    """Return the tokenizer's folder where a umT5 file does not hold it: ComfyUI's own files do, GGUF files do not."""
+    if not encoder.serves("umt5-xxl") or encoder.repository.startswith("Comfy-Org/"):
+        return ()
+    return tuple(file for file in store.serving("umt5-xxl") if file.role == "tokenizer" and file.folder)[:1]
 
 
 def loras(item: FileSet, store: Store) -> tuple[CatalogFile, ...]:
@@ -165,8 +170,3 @@ def _preference(offer: Offer) -> tuple[int, int]:
 def _is_plain(file: CatalogFile) -> bool:
     """A file of known size that is read, of a name that was seen, and is not fine-tuned."""
     return bool(file.bytes and kind(file.precision)) and not file.tuned and file.known != "guessed"
-
-
-def _bare_encoder(file: CatalogFile) -> bool:
-    """A umT5 file without its tokenizer inside: Kijai's conversions keep the official names and drop it."""
-    return file.role == "text_encoder" and file.repository.startswith("Kijai/")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from kinema.errors import CatalogError
-from kinema.schema import Frozen
+from kinema.schema import Component, Frozen
 
 
 class CatalogFile(Frozen):
@@ -87,7 +87,10 @@ class Shape(Frozen):
 
 
 class FileSet(Frozen):
-    """What makes a model run: its own files and the shared parts."""
+    """What makes a model run: its own files and the shared parts.
+
+    parameters, tensors   of one DiT in the official layout, None where nobody counted them.
+    """
 
     name: str
     title: str
@@ -97,13 +100,17 @@ class FileSet(Frozen):
     experts: tuple[Literal["high", "low"], ...] = ()
     parts: tuple[str, ...]
     shape: str
+    parameters: int | None = None
+    tensors: int | None = None
 
 
 class Part(Frozen):
-    """A file that several models share."""
+    """A file that several models share; `component` is what its header shows."""
 
     role: str
     title: str
+    component: Component
+    parameters: int | None = None
 
 
 class Renamed(Frozen):

@@ -13,16 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 from urllib.parse import quote, urlsplit
 
 import httpx2
 
+from kinema.catalog.sources import HubName, Source
 from kinema.errors import CatalogError
 from kinema.schema import Hub
 from kinema.version import VERSION
 
-HubName = Literal["hf", "ms"]
 MODELSCOPE_OWNERS = {"alibaba-pai": "PAI"}
 """Owners that are called otherwise on ModelScope."""
 
@@ -32,27 +31,6 @@ TRIES = 6
 @cache
 def _tls() -> ssl.SSLContext:
     return httpx2.create_ssl_context()  # reads hundreds of certificates: once a process is enough
-
-
-@dataclass(frozen=True)
-class Source:
-    """Files of any repository: hf:owner/name, ms:owner/name, both with :pattern."""
-
-    hub: HubName
-    repository: str
-    pattern: str = "*"
-
-
-def parse_source(text: str) -> Source | None:
-    """Return what `hf:owner/name:pattern` names; None for text that is no such address."""
-    match = re.fullmatch(r"(hf|ms):([\w.-]+/[\w.-]+)(?::(.+))?", text)
-    if match is None:
-        if text.startswith(("hf:", "ms:")):
-            raise CatalogError(
-                f"{text!r} names no repository", "write hf:owner/name or hf:owner/name:pattern", name=text
-            )
-        return None
-    return Source("hf" if match[1] == "hf" else "ms", match[2], match[3] or "*")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import filelock
 import httpx2
 
 from kinema.catalog.files import CatalogFile
-from kinema.catalog.hub import HubClient, HubName, Remote, Source
+from kinema.catalog.hub import HubClient, Remote
+from kinema.catalog.sources import HubName, Source
 from kinema.catalog.transfer import Transfer, WrongHash, record_of
 from kinema.errors import Cancelled, CatalogError, KinemaError, MachineError
 from kinema.schema import Event, Hub, Note, Progress

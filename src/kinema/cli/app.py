@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 import cyclopts
 from cyclopts import App, Group, Parameter
 
+from kinema.cli import store
 from kinema.cli.flags import ALIASES, ELSEWHERE, Call, flag_names, parameters
 from kinema.cli.interrupt import EXIT_CODE, Interruption
 from kinema.cli.loras import lora_convert, lora_extract, lora_inspect, lora_merge
 from kinema.cli.tell import Teller, make_teller
-from kinema.errors import Cancelled, KinemaError, RequestError
+from kinema.errors import Cancelled, CatalogError, KinemaError, RequestError
 from kinema.request import make_request, merge, nearest
 from kinema.schema import Event, Plan, Request
 from kinema.settings import PLACES, configure
@@ -54,6 +55,7 @@ def generate(
     ] = None,
     fresh: Annotated[bool, _switch("with --from-file: forget its manifest, do every line again", MANY)] = False,
     then: Annotated[str | None, _switch(THEN_HELP)] = None,
+    pull: Annotated[bool, _switch("fetch files of the model that are not installed")] = False,
 ) -> int:
     """Make videos or images."""
     if then is not None and (interactive or from_file is not None):
@@ -74,6 +76,8 @@ def generate(
         raise RequestError("--fresh belongs to a batch", "pass --from-file FILE as well", field="fresh", got=True)
     fields = merge(call.configuration.defaults, call.fields)
     request = make_request(fields)
+    if pull:
+        _pull_missing(request, call)
     if not interactive and from_file is None:
         return _generate(request, call) if then is None else _generate_chain(request, then, call)
     from kinema.cli import sessions
@@ -260,15 +264,6 @@ def _told(making: Generator[Event, None, T], teller: Teller, cancelled: Callable
             raise Cancelled("stopped as asked; no file was left half-written")
 
 
-def models(call: Call) -> int:
-    """List the models Kinema knows, and which are installed."""
-    from kinema.cli.plans import models_text
-
-    with make_teller(call.json) as teller:
-        teller.show(*models_text(call.configuration.settings))
-    return 0
-
-
 def _generate(request: Request, call: Call) -> int:
     from kinema.engine import Engine
 
@@ -307,6 +302,23 @@ def _chain(engine: Engine, request: Request, then: str) -> list[Plan]:
     return [chain.pictures, *chain.videos]
 
 
+def _pull_missing(request: Request, call: Call) -> None:
+    """Fetch what a request lacks, for this card; several addresses one after another."""
+    from kinema.survey import survey
+
+    settings, before = call.configuration.settings, ""
+    while True:
+        try:
+            survey(request, settings)
+            return
+        except CatalogError as error:
+            if error.details.get("pull", before) == before:
+                raise
+            before = error.details["pull"]
+            with make_teller(call.json) as teller:
+                store.pull_missing(error, settings, teller)
+
+
 @dataclass(frozen=True)
 class Command:
     """A verb as the command line has it: its function and the Request fields that are its flags."""
@@ -327,15 +339,29 @@ COMMANDS: dict[str, Command] = {
     "drive": Command(drive, ("reference", "mask", "size", "frames", "fps", "device", "save", "overwrite", "quality")),
     "control": Command(control, ("size", "frames", "fps", "device", "save", "overwrite", "quality")),
     "demo": Command(demo, ("prompt", "first", "last", "seed", "steps", "device", "output", "save", "overwrite")),
-    "models": Command(models),
+    "models": Command(store.models),
+    "models search": Command(store.search),
+    "models show": Command(store.show),
+    "models plan": Command(store.plan),
+    "models pull": Command(store.pull),
+    "models verify": Command(store.verify),
+    "models where": Command(store.where),
+    "models du": Command(store.usage),
+    "models paths": Command(store.paths),
+    "models import": Command(store.import_files),
+    "models migrate": Command(store.migrate),
+    "models prune": Command(store.prune),
     "lora inspect": Command(lora_inspect),
     "lora convert": Command(lora_convert),
     "lora merge": Command(lora_merge),
     "lora extract": Command(lora_extract),
 }
 
-GROUP_HELP = {"lora": "Look into LoRA files, and make them of others."}
-"""Verbs of two words: the first one, and what it is about."""
+GROUP_HELP = {
+    "models": "Models and their files: which there are, which to take, and how they come here.",
+    "lora": "Look into LoRA files, and make them of others.",
+}
+"""Verbs of two words: the first one, and what it is about. Where the first one is a verb too, it is `list`."""
 
 
 def build_app() -> App:
@@ -350,6 +376,9 @@ def build_app() -> App:
     for place, (name, command) in enumerate(COMMANDS.items()):
         first, _, second = name.partition(" ")
         owner = groups[first] if second else app
+        if first in groups and not second:
+            groups[first].default(_command(command))
+            owner, second = groups[first], "list"
         owner.command(_command(command), name=second or first, sort_key=place)
     for group in groups.values():
         app.command(group)
@@ -411,7 +440,18 @@ def _command(command: Command) -> Callable[..., int]:
 
 def _flag_fault(words: Sequence[str], error: cyclopts.CycloptsError) -> RequestError:
     """Put a fault of the command line into our words: what was typed, what is near."""
-    verb = " ".join(words[: 2 if words[:1] and words[0] in GROUP_HELP else 1])
+    verb = " ".join(words[: 2 if " ".join(words[:2]) in COMMANDS else 1])
+    if verb in GROUP_HELP and len(words) > 1 and not words[1].startswith("-"):
+        known = ["list"] if verb in COMMANDS else []
+        known += [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{verb} ")]
+        near = nearest(words[1], known)
+        return RequestError(
+            f"{words[1]!r} is no verb of kinema {verb}; there are {', '.join(known)}",
+            f"did you mean: kinema {verb} {near}" if near else f"see: kinema {verb} --help",
+            field="verb",
+            got=words[1],
+            allowed=known,
+        )
     if verb not in COMMANDS:
         near = nearest(verb, COMMANDS)
         hint = f"did you mean: kinema {near}" if near else f'for a video of that text: kinema generate "{verb}"'

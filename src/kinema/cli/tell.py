@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -57,6 +57,17 @@ class JsonTeller:
     def _put(self, kind: str, data: dict[str, Any], where: str) -> None:
         head = {"event": kind, "where": where} if where else {"event": kind}
         print(json.dumps(head | data, ensure_ascii=False), flush=True)
+
+
+class Done(ProgressColumn):
+    """How much is done: a count, or of bytes gigabytes and their rate."""
+
+    def render(self, task: Task) -> Text:
+        if task.fields.get("unit") != "bytes":
+            return Text(f"{task.completed:.0f}/{task.total or 0:.0f}", style="green")
+        rate = task.fields.get("rate")
+        speed = f", {rate / 1e6:.0f} MB/s" if rate else ""
+        return Text(f"{gigabytes(task.completed)} of {gigabytes(task.total or 0)}{speed}", style="green")
 
 
 class TimeLeft(ProgressColumn):
@@ -113,7 +124,7 @@ class TerminalTeller:
             self._bars = Bars(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                MofNCompleteColumn(),
+                Done(),
                 TimeLeft(),
                 console=self._console,
                 redirect_stdout=False,
@@ -123,7 +134,14 @@ class TerminalTeller:
         key = (event.stage, event.seed)
         if key not in self._tasks:
             self._tasks[key] = self._bars.add_task(escape(_prefix(where) + event.stage), total=event.total)
-        self._bars.update(self._tasks[key], completed=event.done, total=event.total, eta_seconds=event.eta_seconds)
+        self._bars.update(
+            self._tasks[key],
+            completed=event.done,
+            total=event.total,
+            unit=event.unit,
+            rate=event.rate,
+            eta_seconds=event.eta_seconds,
+        )
 
     def _stop_bars(self) -> None:
         if self._bars is not None:

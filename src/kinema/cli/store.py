@@ -1,0 +1,383 @@
+"""`kinema models ...`: the model store as commands. What they do is in kinema.catalog and kinema.provision."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import psutil
+from cyclopts import Parameter
+
+from kinema.catalog.choice import Card
+from kinema.catalog.files import CatalogFile, FileSet, Found, Store, find_files, find_set, load_store
+from kinema.catalog.folders import Folders
+from kinema.cli.flags import Call
+from kinema.cli.interrupt import Interruption
+from kinema.cli.store_pages import files_page, moves_page, plan_page, set_page
+from kinema.cli.tell import Teller, gigabytes, make_teller
+from kinema.errors import CatalogError, RequestError
+from kinema.provision import Provision, distinct, preset, provide, sets_of
+from kinema.schema import Settings
+
+DEFAULT_RAM = 32 * 10**9
+
+
+def _flag(help: str, name: str | None = None) -> Parameter:
+    return Parameter(name=name, help=help, negative=(), show_default=False)
+
+
+Names = Annotated[
+    str, Parameter(name="NAME", help="models, files, hf:OWNER/NAME:PATTERN or ms:OWNER/NAME", negative=())
+]
+Vram = Annotated[str | None, _flag("memory of the card, 16GB; default: this machine's")]
+Ram = Annotated[str | None, _flag("memory of the machine, 32GB; default: this machine's, with --vram 32GB")]
+Disk = Annotated[str | None, _flag("room for files, 60GB; default: not looked at")]
+Task = Annotated[str | None, _flag("t2v, i2v, flf2v, ti2v, s2v, animate, vace, fun-control, flux, ..., or a model")]
+PresetName = Annotated[str | None, _flag("a menu of models for a card: 8GB, 12GB, 16GB, 24GB, 32GB", "--preset")]
+Loras = Annotated[bool, _flag("the four-step LoRAs too")]
+Yes = Annotated[bool, _flag("do it; without it the moves are only listed")]
+Place = Annotated[Path, Parameter(name="FOLDER", help="folder", negative=())]
+
+
+def models(call: Call) -> int:
+    """List the models Kinema knows, and which are installed."""
+    from kinema.cli.plans import models_text
+
+    with make_teller(call.json) as teller:
+        teller.show(*models_text(call.configuration.settings))
+    return 0
+
+
+def search(call: Call, *words: Annotated[str, Parameter(name="WORD", help="words all of which a file has")]) -> int:
+    """Find published files by name or by words, names that were never published included."""
+    store, folders = _opened(call)
+    found = find_files(_some(words, "search", "WORD"), store)
+    with make_teller(call.json) as teller:
+        teller.show(*files_page(found, folders))
+    return 0
+
+
+def show(call: Call, *words: Annotated[str, Parameter(name="NAME", help="a model or a file")]) -> int:
+    """Show a model with all its files, or a file with all that is known of it."""
+    store, folders = _opened(call)
+    name = _some(words, "show", "NAME")
+    item = find_set(name, store)
+    with make_teller(call.json) as teller:
+        teller.show(*(set_page(item, store, folders) if item else files_page(find_files(name, store), folders, True)))
+    return 0
+
+
+def plan(
+    call: Call,
+    *,
+    task: Task = None,
+    preset: PresetName = None,
+    vram: Vram = None,
+    ram: Ram = None,
+    disk: Disk = None,
+    loras: Loras = False,
+) -> int:
+    """Say which files to take for a card, and why; what they come to, and what more memory would bring."""
+    store, folders = _opened(call)
+    card = _card(vram, ram, disk)
+    made = _provisions(task, preset, store, card, loras)
+    with make_teller(call.json) as teller:
+        teller.show(*plan_page(made, card, folders))
+    return 0
+
+
+def pull(
+    call: Call,
+    *names: Names,
+    task: Task = None,
+    preset: PresetName = None,
+    vram: Vram = None,
+    ram: Ram = None,
+    disk: Disk = None,
+    loras: Loras = False,
+    to: Annotated[Path | None, _flag("models folder to write to")] = None,
+    source: Annotated[Literal["hf", "ms"], _flag("hf: Hugging Face or HF_ENDPOINT; ms: ModelScope")] = "hf",
+) -> int:
+    """Fetch the files of models, tasks, presets or repositories: resumable, hash-checked, once for all processes."""
+    store, _ = _opened(call)
+    if not names and not task and not preset:
+        raise RequestError(
+            "nothing to pull", "type: kinema models pull NAME, --task TASK or --preset 16GB", field="NAME"
+        )
+    card = _card(vram, ram, disk)
+    made = _provisions(task, preset, store, card, loras) if task or preset else []
+    with make_teller(call.json) as teller:
+        files, addresses = _named(names, store, card, loras, made, teller)
+        pull_files(files, addresses, call.configuration.settings, teller, to=to, source=source)
+    return 0
+
+
+def verify(
+    call: Call,
+    *paths: Annotated[
+        Path, Parameter(name="PATH", help="files or folders; default: all that is searched", negative=())
+    ],
+    full: Annotated[bool, _flag("read every byte, not headers alone")] = False,
+) -> int:
+    """Say whether files are what their names say: right, truncated, altered, another model, unknown."""
+    from kinema.catalog.verify import SUFFIXES, checkpoints
+    from kinema.catalog.verify import verify as check
+
+    store, folders = _opened(call)
+    given: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise CatalogError(f"{path}: no such file or folder", "see: kinema models paths", name=str(path))
+        given += sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
+    faults = 0
+    with make_teller(call.json) as teller:
+        for path in given if paths else checkpoints(folders):
+            verdict = check(path, store, full=full)
+            faults += verdict.is_fault
+            data = {"path": str(path), "finding": verdict.finding, "says": verdict.says, "by": verdict.by}
+            teller.show(f"{verdict.finding:<13} {path}: {verdict.says} (by {verdict.by})", data)
+    return 4 if faults else 0
+
+
+def where(call: Call, *words: Annotated[str, Parameter(name="NAME", help="a model or a file")]) -> int:
+    """Print where the files of a name lie on this machine."""
+    store, folders = _opened(call)
+    name = _some(words, "where", "NAME")
+    item = find_set(name, store)
+    rows = [f for n in (item.name, *item.parts) for f in store.serving(n)] if item else find_files(name, store).files
+    places = {str(place): file for file in rows if (place := folders.locate(file))}
+    if not places:
+        raise CatalogError(f"no file of {name} is installed", f"type: kinema models pull {name}", name=name)
+    with make_teller(call.json) as teller:
+        data = [{"path": path, "repository": file.repository, "role": file.role} for path, file in places.items()]
+        teller.show("\n".join(places), data)
+    return 0
+
+
+def usage(call: Call) -> int:
+    """Print what the models folders hold, by folder, links to the same bytes counted once."""
+    _, folders = _opened(call)
+    seen: set[tuple[int, int]] = set()
+    totals: dict[str, int] = {}
+    for root in folders.roots:
+        for path in sorted(root.rglob("*")) if root.is_dir() else ():
+            if path.is_file() and (key := ((stat := path.stat()).st_dev, stat.st_ino)) not in seen:
+                seen.add(key)
+                folder = str(root / path.relative_to(root).parts[0])
+                totals[folder] = totals.get(folder, 0) + stat.st_size
+    lines = [f"{gigabytes(size):>10}  {folder}" for folder, size in sorted(totals.items(), key=lambda row: -row[1])]
+    with make_teller(call.json) as teller:
+        teller.show("\n".join([*lines, f"{gigabytes(sum(totals.values())):>10}  together"]), totals)
+    return 0
+
+
+def paths(call: Call) -> int:
+    """Print every folder that is searched, in order, and where pulled files go."""
+    settings = call.configuration.settings
+    _, folders = _opened(call)
+    lines = ["models folders:", *(f"  {_there(root)}" for root in folders.roots)]
+    for key, places in folders.by_key.items():
+        here = [place for place in places if place.is_dir()]
+        lines += [f"{key}:", *(f"  {place}" for place in here)] if here else []
+    lines += ["hub caches:", *(f"  {_there(cache)}" for cache in folders.caches)]
+    lines += [f"pulled files go to: {_root(settings, None)}"]
+    data: dict[str, Any] = {"roots": [str(root) for root in folders.roots], "store": str(_root(settings, None))}
+    data |= {"folders": {key: [str(place) for place in places] for key, places in folders.by_key.items()}}
+    with make_teller(call.json) as teller:
+        teller.show("\n".join(lines), data | {"caches": [str(cache) for cache in folders.caches]})
+    return 0
+
+
+def prune(call: Call, *, yes: Yes = False) -> int:
+    """Throw away what broken pulls left behind; files that are whole are never touched."""
+    from kinema.catalog.moves import leftovers
+
+    _, folders = _opened(call)
+    return _moves(call, leftovers(folders.roots), [], yes)
+
+
+def import_files(call: Call, folder: Place, /, *, to: Annotated[Path | None, _flag("models folder")] = None) -> int:
+    """Link known files of a ComfyUI folder or a hub cache into the models folder, without copying."""
+    from kinema.catalog.moves import imports
+
+    store, _ = _opened(call)
+    moves, left = imports(folder, _root(call.configuration.settings, to), store)
+    return _moves(call, moves, [f"left out: {line}" for line in left], yes=True)
+
+
+def migrate(
+    call: Call,
+    old: Annotated[Path, Parameter(name="OLD", help="models folder, or ComfyUI's own")],
+    new: Annotated[Path, Parameter(name="NEW", help="where its files shall be")],
+    /,
+    *,
+    link: Annotated[bool, _flag("link files instead of moving them")] = False,
+    yes: Yes = False,
+) -> int:
+    """Bring a models folder to another place, and tell ComfyUI by an extra_model_paths.yaml."""
+    from kinema.catalog.moves import migration, write_yaml, yaml_text
+
+    moves = migration(old, new, link=link)
+    code = _moves(call, moves, [], yes)
+    if yes:
+        written = write_yaml(old, new)
+        with make_teller(call.json) as teller:
+            note = f"wrote {written}" if written else f"ComfyUI has a yaml already; add to it:\n{yaml_text(new)}"
+            teller.say(note)
+    return code
+
+
+# --- shared -----------------------------------------------------------------------------------------
+
+
+def pull_files(
+    files: Sequence[CatalogFile],
+    addresses: Sequence[str],
+    settings: Settings,
+    teller: Teller,
+    *,
+    to: Path | None = None,
+    source: Literal["hf", "ms"] = "hf",
+) -> None:
+    """Fetch catalog files and whole repositories into the models folder, telling progress."""
+    from kinema.catalog.hub import HubClient
+    from kinema.catalog.pull import pull as fetch
+    from kinema.catalog.pull import wanted, wanted_from
+    from kinema.catalog.sources import parse_source
+
+    root, rows = _root(settings, to), wanted(files, source)
+    if addresses:
+        client = HubClient(settings.hub)
+        rows += [
+            row for address in addresses if (parsed := parse_source(address)) for row in wanted_from(parsed, client)
+        ]
+        client.close()
+    size = sum(file.bytes or 0 for file in files)
+    teller.say(f"{len(rows)} files{f', about {gigabytes(size)},' if size else ''} to {root}")
+    with Interruption() as cancelled:
+        for event in fetch(rows, root, settings.hub, cancelled=cancelled):
+            teller.event(event)
+    teller.show("\n".join(str(root / row.place) for row in rows), {"paths": [str(root / row.place) for row in rows]})
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """Return bytes of 16GB, 16 GiB, 800MB or plain gigabytes; RequestError for anything else."""
+    match = re.fullmatch(r"(?i)\s*(\d+(?:\.\d+)?)\s*(t|g|m)?(i?)b?\s*", text)
+    if match is None or float(match[1]) == 0:
+        raise RequestError(f"{flag} {text!r} is no amount of memory", f"pass {flag} 16GB", field=flag, got=text)
+    power = {"m": 2, "g": 3, "t": 4}[(match[2] or "g").lower()]
+    return round(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _opened(call: Call) -> tuple[Store, Folders]:
+    settings = call.configuration.settings
+    return load_store(settings.catalogs), Folders.of(settings)
+
+
+def _card(vram: str | None, ram: str | None, disk: str | None) -> Card:
+    room = parse_bytes(disk, "--disk") if disk else None
+    if vram:
+        return Card(parse_bytes(vram, "--vram"), parse_bytes(ram, "--ram") if ram else DEFAULT_RAM, room)
+    from kinema.runtime.machine import probe_machine
+
+    machine = probe_machine()
+    return Card(machine.memory_total, parse_bytes(ram, "--ram") if ram else psutil.virtual_memory().total, room)
+
+
+def _provisions(task: str | None, menu: str | None, store: Store, card: Card, loras: bool) -> list[Provision]:
+    if task and menu:
+        raise RequestError(f"--task {task} and --preset {menu} both say what", "leave one out", field="task", got=task)
+    if menu:
+        return preset(menu, store)
+    items = sets_of(task, store) if task else list(store.sets.values())
+    return [provide(item, store, card, with_loras=loras) for item in items]
+
+
+def _named(
+    names: Sequence[str], store: Store, card: Card, loras: bool, made: list[Provision], teller: Teller
+) -> tuple[list[CatalogFile], list[str]]:
+    """Return what names stand for: files, and addresses of repositories. A model is its best files for the card."""
+    files, addresses = [], [name for name in names if name.startswith(("hf:", "ms:"))]
+    models = [item for name in names if (item := find_set(name, store))]
+    chosen = [*made, *(provide(item, store, card, with_loras=loras) for item in models)]
+    for provision in chosen:
+        teller.say(f"{provision.set.name}: {provision.precision}, {gigabytes(provision.bytes)}, {provision.mode}")
+        for note in provision.notes:
+            teller.say(f"  {note}")
+    for name in names:
+        if name not in addresses and find_set(name, store) is None:
+            files += _files_of(name, store, teller)
+    return list(dict.fromkeys([*distinct(chosen), *files])), addresses
+
+
+def _files_of(name: str, store: Store, teller: Teller) -> list[CatalogFile]:
+    """Return the file that a name means; RequestError where it means several different ones."""
+    found: Found = find_files(name, store)
+    if found.note:
+        teller.say(found.note)
+        return list(found.files)
+    repositories = {file.repository for file in found.files}
+    copies = len({(file.name, file.bytes) for file in found.files}) == 1 and len(repositories) == len(found.files)
+    if copies:  # of one file: the first that needs no login
+        return [next((file for file in found.files if not file.gated), found.files[0])]
+    rows = [f"{file.repository}/{file.path}" for file in found.files]
+    raise RequestError(
+        f"{name} may be {len(rows)} files: {', '.join(rows[:6])}{', ...' if len(rows) > 6 else ''}",
+        f"name one in full: kinema models pull {rows[0]}",
+        field="NAME",
+        got=name,
+    )
+
+
+def _moves(call: Call, moves: Sequence[Any], notes: Sequence[str], yes: bool) -> int:
+    from kinema.catalog.moves import carry_out
+
+    with make_teller(call.json) as teller:
+        teller.show(*moves_page(moves, notes))
+        if yes:
+            carry_out(moves)
+        elif moves:
+            teller.say("nothing was done yet: add --yes")
+    return 0
+
+
+def _some(words: Sequence[str], verb: str, what: str) -> str:
+    if not words:
+        raise RequestError(f"kinema models {verb} of what?", f"type: kinema models {verb} {what}", field=what, got=None)
+    return " ".join(words)
+
+
+def _root(settings: Settings, to: Path | None) -> Path:
+    """Return the models folder that files are written to."""
+    from kinema.catalog.folders import models_folder
+
+    root = to or settings.store or next(iter(settings.models), None)
+    if root is None:
+        raise RequestError("no models folder is set", "pass --to FOLDER", field="to", got=None)
+    return models_folder(root)[0]
+
+
+def _there(folder: Path) -> str:
+    return f"{folder}{'' if folder.is_dir() else ' (not there)'}"
+
+
+def pull_missing(error: CatalogError, settings: Settings, teller: Teller) -> None:
+    """Fetch what a run lacks, as its error says: files of a model for this card, or an address."""
+    asked = error.details["pull"]
+    if asked.startswith(("hf:", "ms:")):
+        pull_files((), (asked,), settings, teller)
+    else:
+        pull_files(_missing_files(error, settings), (), settings, teller)
+
+
+def _missing_files(error: CatalogError, settings: Settings) -> list[CatalogFile]:
+    from kinema.runtime.machine import probe_machine
+
+    store, machine = load_store(settings.catalogs), probe_machine()
+    item: FileSet = store.sets[error.details["pull"]]
+    made = provide(item, store, Card(machine.memory_total, machine.ram_total))
+    wanted = tuple(file for file in made.files if file.role in (*error.details["missing"], "tokenizer"))
+    return list(replace(made, files=wanted).files)

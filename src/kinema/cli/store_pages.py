@@ -1,0 +1,139 @@
+"""The model store as text for people, and as data."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kinema.catalog.choice import Card
+from kinema.catalog.files import CatalogFile, FileSet, Found, Store
+from kinema.catalog.folders import Folders
+from kinema.catalog.moves import Move
+from kinema.cli.tell import gigabytes
+from kinema.provision import Provision, distinct
+
+WIDTH = 10_000
+MOST_ROWS = 60
+
+Page = tuple[str, Any]
+
+
+def files_page(found: Found, folders: Folders, whole: bool = False) -> Page:
+    """Return files as a table; `whole` adds hashes, models and notes."""
+    shown = found.files if whole else found.files[:MOST_ROWS]
+    text = _table(
+        ("size", "precision", "role", "file", "installed"),
+        [
+            (_size(file), file.precision, file.role, f"{file.repository}/{file.path}", str(folders.locate(file) or ""))
+            for file in shown
+        ],
+    )
+    lines = [f"note: {found.note}"] if found.note else []
+    lines += [text]
+    lines += [f"... and {len(found.files) - len(shown)} more: add words"] if len(shown) < len(found.files) else []
+    lines += [_details(file) for file in shown] if whole else []
+    return "\n".join(lines), {"note": found.note, "files": [_row(file, folders) for file in found.files]}
+
+
+def set_page(item: FileSet, store: Store, folders: Folders) -> Page:
+    """Return a model with its files and those of its shared parts."""
+    rows = {name: store.serving(name) for name in (item.name, *item.parts)}
+    lines = [f"{item.name}: {item.title}", f"  {item.use}", f"  tasks: {', '.join(item.tasks)}"]
+    for name, files in rows.items():
+        lines += ["", f"{name}:" if name == item.name else f"{name} ({store.parts[name].title}):"]
+        lines += [files_page(Found(tuple(files)), folders)[0]]
+    data = {"name": item.name, "title": item.title, "tasks": list(item.tasks)}
+    return "\n".join(lines), data | {"files": {n: [_row(f, folders) for f in files] for n, files in rows.items()}}
+
+
+def plan_page(made: Sequence[Provision], card: Card, folders: Folders) -> Page:
+    """Return which files each model takes on a card, and what they come to."""
+    disk = f", {gigabytes(card.disk)} of disk" if card.disk else ""
+    lines = [f"for {gigabytes(card.vram)} of VRAM and {gigabytes(card.ram)} of RAM{disk}:"]
+    for one in made:
+        size = "x".join(map(str, _size_of(one)))
+        lines += ["", f"{one.set.name}: {one.precision}, {one.mode}, {gigabytes(one.bytes)} of files"]
+        lines += [f"  {one.set.use}", f"  peak about {gigabytes(one.peak_bytes)} at {size}"]
+        lines += [f"  {_size(f):>9}  {f.repository}/{f.path}{_mark(f, folders)}" for f in one.files]
+        lines += [f"  note: {note}" for note in one.notes]
+    files = distinct(made)
+    absent = [file for file in files if folders.locate(file) is None]
+    lines += [
+        "",
+        f"together {gigabytes(_sum(files))} in {len(files)} entries; still to pull: {gigabytes(_sum(absent))}",
+    ]
+    return "\n".join(lines), {
+        "vram": card.vram,
+        "ram": card.ram,
+        "disk": card.disk,
+        "bytes": _sum(files),
+        "to_pull": _sum(absent),
+        "models": [
+            {"name": one.set.name, "precision": one.precision, "mode": one.mode, "bytes": one.bytes,
+             "peak_bytes": one.peak_bytes, "notes": list(one.notes), "files": [_row(f, folders) for f in one.files]}
+            for one in made
+        ],
+    }  # fmt: skip
+
+
+def moves_page(moves: Sequence[Move], notes: Sequence[str]) -> Page:
+    """Return moves of files, one a line."""
+    lines = [
+        f"{move.kind} {move.source}{f' -> {move.target}' if move.target else ''} ({gigabytes(move.bytes)})"
+        for move in moves
+    ]
+    total = f"{len(moves)} files, {gigabytes(sum(move.bytes for move in moves))}"
+    rows = [{"kind": m.kind, "source": str(m.source), "target": str(m.target or ""), "bytes": m.bytes} for m in moves]
+    return "\n".join([*lines, *notes, total]), {"moves": rows, "notes": list(notes)}
+
+
+def _details(file: CatalogFile) -> str:
+    facts = {
+        "used by": ", ".join(file.used_by),
+        "licence": file.licence + (" (gated: a login that accepted it is needed)" if file.gated else ""),
+        "bytes": f"{file.bytes:,} ({file.size})" if file.bytes else "unknown until it is pulled",
+        "sha256": file.sha256 or "unknown until it is pulled",
+        "known": "" if file.known == "seen" else f"{file.known}: nobody saw this very name",
+        "tuned": "distilled or fine-tuned: not the plain weights" if file.tuned else "",
+        "note": file.note,
+    }
+    lines = [f"  {name:<8} {value}" for name, value in facts.items() if value]
+    return "\n".join([f"{file.repository}/{file.path}", *lines])
+
+
+def _row(file: CatalogFile, folders: Folders) -> dict[str, Any]:
+    return {**file.model_dump(mode="json"), "installed": str(folders.locate(file) or "")}
+
+
+def _mark(file: CatalogFile, folders: Folders) -> str:
+    return "  (installed)" if folders.locate(file) else "  (gated)" if file.gated else ""
+
+
+def _size(file: CatalogFile) -> str:
+    return "unknown" if file.bytes is None else gigabytes(file.bytes)
+
+
+def _size_of(made: Provision) -> tuple[int, int, int]:
+    return (*made.size, made.frames)
+
+
+def _sum(files: Iterable[CatalogFile]) -> int:
+    return sum(file.bytes or 0 for file in files)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    table = Table(box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="right" if column == "size" else "left")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console = Console(file=io.StringIO(), width=WIDTH, highlight=False, color_system=None, soft_wrap=False)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines() if line.strip())
