@@ -22,7 +22,7 @@ def quantised(ref: ModelRef, file: FileFacts, wanted: Quantise | None, field: st
             got=wanted,
         )
     if wanted is None:
-        if "plain" in file.quantisation and file.component == "dit":
+        if "plain" in file.quantisation and file.component in ("dit", "flux_dit"):
             text = f"{file.path.name} is {file.quantisation}: its norms and biases are rounded to fp8 as well; "
             notes.append(
                 Note(about=field, text=text + "a scaled fp8 or Q8_0 file of the same size is closer to the model")
