@@ -90,6 +90,13 @@ def _fill(media: Path, models: Path) -> None:
     write_sparse(media / "vace.safetensors", manifest("wan2.1_vace_1.3B"))
     short = {name: shape for name, shape in manifest("wan2.1_t2v_1.3B").items() if "blocks.7.norm3" not in name}
     write_sparse(media / "holes.safetensors", short)
+    whole = manifest("wan2.1_t2v_1.3B")
+    write_sparse(media / "fp8.safetensors", whole, "F8_E4M3")
+    write_sparse(media / "int8.safetensors", whole, "I8")
+    write_sparse(media / "nvfp4.safetensors", {**whole, "blocks.0.ffn.0.weight_scale_2": (1,)})
+    write_sparse(media / "marked.safetensors", {**whole, "scaled_fp8": (2,)})
+    (media / "cut.gguf").write_bytes(b"GGUF" + bytes([3, 0, 0, 0]) + bytes(4))
+    (media / "old.gguf").write_bytes(b"GGUF" + bytes([1, 0, 0, 0]) + bytes(40))
     (media / "nothing").mkdir()
     (media / "bare").mkdir()
     (media / "bare/dit.safetensors").symlink_to(dit)
@@ -310,6 +317,23 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "folder instead of a file": (f"cat {T2V} --vae D/nothing", CHECKPOINT, ("nothing", ".safetensors")),
     "tokenizer that is none": (f"cat {T2V} --tokenizer D/notes.txt", CATALOG, ("notes.txt", "spiece.model")),
     "tokenizer that is not there": (f"cat {T2V} --tokenizer D/spiece", CATALOG, ("spiece", "no such file")),
+    # quantised files
+    "fp8 rounded again": (
+        f"cat {T2V} --dit D/fp8.safetensors --quantise int8",
+        REQUEST,
+        ("fp8.safetensors", "quantised already", "leave --quantise out"),
+    ),
+    "int8 without scales": (f"cat {T2V} --dit D/int8.safetensors", CHECKPOINT, ("int8 without a scale", "GGUF")),
+    "nvfp4": (f"cat {T2V} --dit D/nvfp4.safetensors", CHECKPOINT, ("nvfp4", "weight_scale_2")),
+    "a marker of fp8 without fp8": (f"cat {T2V} --dit D/marked.safetensors", CHECKPOINT, ("scaled_fp8", "without any")),
+    "GGUF that is cut": (f"cat {T2V} --dit D/cut.gguf", CHECKPOINT, ("cut.gguf", "truncated")),
+    "GGUF of an old version": (f"cat {T2V} --dit D/old.gguf", CHECKPOINT, ("GGUF version 1", "2 and 3")),
+    "quantise unknown": (f"cat {T2V} --quantise fp4", REQUEST, ("'fp4'", "fp8, fp8-64, int8")),
+    "fp8 multiplication on a CPU": (
+        f"cat {T2V} --device cpu --quantise fp8 --fp8-matmul yes",
+        MACHINE,
+        ("does not multiply fp8", "leave --fp8-matmul out"),
+    ),
     # outputs
     "output kind unknown": (f"cat {T2V} --output avi", REQUEST, ("'avi'", "mp4, webm, gif, webp, png, latents")),
     "output kind near": (f"cat {T2V} --output mp5", REQUEST, ("'mp5'", "--output mp4")),
