@@ -173,7 +173,7 @@ def test_a_tokenizer_goes_along_where_it_can(tmp_path: Path) -> None:
     run(source, tmp_path / "b.safetensors", "fp8_scaled", "transformers")
     assert torch.equal(load_file(tmp_path / "b.safetensors")["spiece_model"], piece)
     made = run(source, tmp_path / "c.gguf", "Q8_0")
-    assert made.facts.dialect == "gguf" and "spiece_model does not go along" in made.notes[0].text
+    assert made.facts.dialect == "gguf" and "the tokenizer inside does not go along" in made.notes[0].text
 
 
 def test_clip_keeps_what_it_does_not_use(tmp_path: Path) -> None:

@@ -205,7 +205,11 @@ class _Conversion:
             # At the end, for two bytes in front would put every number behind them out of line with the map.
             marker = torch.zeros(2, dtype=torch.float8_e4m3fn)
             written.append(_small(f"{self.dialect.prefix}scaled_fp8", marker))
-        return written + [_small(name, self.rows.file.get(name)) for name in self._carried()]
+        written += [_small(name, self.rows.file.get(name)) for name in self._carried()]
+        if self.rows.file.tokenizer and self.wanted.container != "gguf":
+            pieces = torch.frombuffer(bytearray(self.rows.file.tokenizer()), dtype=torch.uint8)
+            written.append(_small("spiece_model", pieces))
+        return written
 
     def _ignored(self) -> list[str]:
         return [name for names in self.rows.translation.ignored.values() for name in names]
@@ -236,7 +240,9 @@ class _Conversion:
         plain = [passage.official for passage in matrices if passage.kind not in wanted]
         say("to", plain, "stay plain: their rows are no multiple of a block")
         left = [name for name in self._ignored() if name not in self._carried()]
-        say("tokenizer", [name for name in left if name == "spiece_model"], "does not go along; pass --tokenizer later")
+        inside = ["the tokenizer"] if self.rows.file.tokenizer and self.wanted.container == "gguf" else []
+        inside += ["the tokenizer"] if "spiece_model" in left else []
+        say("tokenizer", inside, "inside does not go along; pass --tokenizer later")
         say("names", [name for name in left if name != "spiece_model"], "is of no use to the model and left out")
         return tuple(found)
 

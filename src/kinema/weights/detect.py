@@ -60,7 +60,7 @@ def inspect(path: Path | str | Sequence[Path], component: Component | None = Non
         matrix_parameters=matrices,
         structure=model.describe(config),
         ignored=tuple(_counted(pattern, names) for pattern, names in translation.ignored.items()),
-        has_tokenizer="spiece_model" in file,
+        has_tokenizer="spiece_model" in file or file.tokenizer is not None,
         name_suggests=name_suggests(file.path) if translation.dialect.component == "dit" else None,
         blocks=blocks,
         float32_parameters=float32_parameters,

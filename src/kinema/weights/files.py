@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from kinema.errors import CheckpointError
 from kinema.weights.gguf import MAGIC as GGUF_MAGIC
 from kinema.weights.gguf import read_gguf
+from kinema.weights.gguf_tokenizer import has_sentencepiece, sentencepiece_model
 from kinema.weights.mapped import MappedFile, StoredTensor, contiguous, truncated
 from kinema.weights.pickles import read_pth
 from kinema.weights.quantised.packed import Packed
@@ -56,6 +57,7 @@ class TensorFile:
     names      in the order stored.
     metadata   text the file carries about itself.
     bytes      size of all files together.
+    tokenizer  makes the sentencepiece model that GGUF metadata hold; None without one.
     """
 
     def __init__(
@@ -65,11 +67,13 @@ class TensorFile:
         container: Container,
         tensors: Mapping[str, StoredTensor | StoredPacked],
         metadata: Mapping[str, str],
+        tokenizer: Callable[[], bytes] | None = None,
     ) -> None:
         self.path = path
         self.files = files
         self.container = container
         self.metadata = dict(metadata)
+        self.tokenizer = tokenizer
         self.bytes = sum(file.stat().st_size for file in files)
         self._tensors = dict(tensors)
 
@@ -246,7 +250,7 @@ def _open_one(path: Path) -> TensorFile:
     if magic.startswith(b"PK"):
         return TensorFile(path, (path,), "pth", *read_pth(file))
     if magic.startswith(GGUF_MAGIC):
-        return TensorFile(path, (path,), "gguf", *read_gguf(file))
+        return _open_gguf(path, file)
     for start, what, hint in OTHER_KINDS:
         if magic.startswith(start):
             raise CheckpointError(f"{path} {what}", hint.replace("FILE", path.name), path=path)
@@ -257,6 +261,13 @@ def _open_one(path: Path) -> TensorFile:
         "Name a .safetensors, .gguf or .pth file of a Wan model.",
         path=path,
     )
+
+
+def _open_gguf(path: Path, file: MappedFile) -> TensorFile:
+    tensors, metadata = read_gguf(file)
+    texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
+    tokenizer = (lambda: sentencepiece_model(metadata)) if has_sentencepiece(metadata) else None
+    return TensorFile(path, (path,), "gguf", tensors, texts, tokenizer)
 
 
 def _header_length(magic: bytes) -> int:

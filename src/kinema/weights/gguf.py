@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,19 @@ ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """Metadata key, before a tensor's name, of the shape it had before it was reshaped to be quantised."""
 
 
+@dataclass(frozen=True)
+class Texts:
+    """A list of texts in the metadata, read when it is iterated."""
+
+    file: MappedFile
+    at: int
+    count: int
+
+    def __iter__(self) -> Iterator[str]:
+        cursor = _Cursor(self.file, self.at)
+        return (cursor.text() for _ in range(self.count))
+
+
 @dataclass
 class _Cursor:
     """Reads the header in order; `file` names it in errors."""
@@ -67,6 +80,18 @@ class _Cursor:
     def text(self) -> str:
         return self.take(self.number("Q")).decode("utf-8", "replace")
 
+    def texts(self, count: int) -> Texts:
+        """Walk past many texts without making them: a vocabulary has hundreds of thousands."""
+        found = Texts(self.file, self.at, count)
+        read, data, size = struct.Struct("<Q").unpack_from, self.file.buffer, self.file.size
+        for _ in range(count):
+            if self.at + 8 > size:
+                raise truncated(self.file, self.at + 8 - size, exact=False)
+            self.at += 8 + read(data, self.at)[0]
+        if self.at > size:
+            raise truncated(self.file, self.at - size, exact=False)
+        return found
+
     def value(self, kind: int) -> Any:
         if kind == STRING:
             return self.text()
@@ -76,14 +101,14 @@ class _Cursor:
                 raw = self.take(count * struct.calcsize(f"<{VALUES[inner]}"))
                 return struct.unpack(f"<{count}{VALUES[inner]}", raw)
             if inner == STRING and count <= MAX_HEADER_BYTES:
-                return tuple(self.text() for _ in range(count))
+                return self.texts(count)
         elif kind in VALUES:
             return self.number(VALUES[kind])
         refuse(self.file, f"is corrupt: its metadata holds a value of unknown type {kind}", "Download it again.")
 
 
-def read_gguf(file: MappedFile) -> tuple[dict[str, StoredTensor | StoredPacked], dict[str, str]]:
-    """Return tensors by name, axes in torch's order, and the metadata that is text.
+def read_gguf(file: MappedFile) -> tuple[dict[str, StoredTensor | StoredPacked], dict[str, Any]]:
+    """Return tensors by name, axes in torch's order, and the metadata: numbers, texts, tuples of numbers, Texts.
 
     Raises CheckpointError for a file that is truncated, corrupt, of another version, or of a type that is not read.
     """
@@ -108,7 +133,7 @@ def read_gguf(file: MappedFile) -> tuple[dict[str, StoredTensor | StoredPacked],
         if name in tensors:
             refuse(file, f"is corrupt: {name!r} occurs twice", "Download it again.", key=name)
         tensors[name] = _stored(file, name, _shape(metadata, name, shape), shape, number, start + offset)
-    return tensors, {key: value for key, value in metadata.items() if isinstance(value, str)}
+    return tensors, metadata
 
 
 def _row(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

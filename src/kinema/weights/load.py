@@ -111,7 +111,9 @@ def load_tokenizer(encoder: Sequence[Path], tokenizer: Path | None, component: C
     if tokenizer is not None:
         found = Tokenizer.from_path(tokenizer)
     else:
-        found = Tokenizer.from_bytes(open_tensors(encoder).get("spiece_model").numpy().tobytes())
+        file = open_tensors(encoder)
+        inside = file.tokenizer() if file.tokenizer else file.get("spiece_model").numpy().tobytes()
+        found = Tokenizer.from_bytes(inside)
     found.cleans = component != "t5"
     return found
 

@@ -91,7 +91,7 @@ def with_packed(file: TensorFile) -> TensorFile:
     for name in tensors:
         if what := next((what for pattern, what in UNREAD if re.fullmatch(pattern, name)), None):
             _refuse(file, name, what)
-    return TensorFile(file.path, file.files, file.container, tensors, file.metadata)
+    return TensorFile(file.path, file.files, file.container, tensors, file.metadata, file.tokenizer)
 
 
 def describe(file: TensorFile, names: Iterable[str]) -> str:
