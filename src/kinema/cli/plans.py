@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kinema.catalog import load_catalog
-from kinema.catalog.files import load_store
+from kinema.catalog.files import Store, load_store
 from kinema.catalog.folders import Folders
 from kinema.catalog.installed import find_files
 from kinema.cli.tell import duration, gigabytes
@@ -143,8 +143,9 @@ def models_text(settings: Settings) -> tuple[str, list[dict[str, Any]]]:
     for column in ("model", "what it is", "takes", "size", "frames", "installed"):
         table.add_column(column)
     rows = []
-    for entry in load_catalog(settings.catalogs).values():
-        files, lacks = _installed(entry, settings)
+    catalog, store, folders = load_catalog(settings.catalogs), load_store(settings.catalogs), Folders.of(settings)
+    for entry in catalog.values():
+        files, lacks = _installed(entry, store, folders)
         table.add_row(
             entry.name,
             entry.title,
@@ -166,15 +167,18 @@ def models_text(settings: Settings) -> tuple[str, list[dict[str, Any]]]:
                 "missing": lacks,
             }
         )
+    others = [item.name for item in store.sets.values() if item.name not in catalog]
     console = _page()
     console.print(table)
+    if others:
+        console.print(f"files are known, and no model runs them yet: {', '.join(others)}", markup=False)
     console.print(f"searched: {', '.join(map(str, settings.models)) or 'no folder'}", markup=False)
     return _text(console), rows
 
 
-def _installed(entry: CatalogEntry, settings: Settings) -> tuple[dict[str, str], str]:
+def _installed(entry: CatalogEntry, store: Store, folders: Folders) -> tuple[dict[str, str], str]:
     try:
-        chosen = find_files(entry, load_store(settings.catalogs), Folders.of(settings))
+        chosen = find_files(entry, store, folders)
         return {role: str(path) for role, path in chosen.files.items()}, ""
     except CatalogError as error:
         return {}, error.message
