@@ -25,10 +25,11 @@ BYTE = 6
 
 def has_sentencepiece(metadata: Mapping[str, Any]) -> bool:
     """Whether the metadata hold everything a T5 tokenizer needs; without its normaliser it would read other ids."""
-    tokens, scores, kinds, normaliser = (metadata.get(PREFIX + name) for name in NEEDED)
+    if metadata.get(f"{PREFIX}model") != "t5" or any(PREFIX + name not in metadata for name in NEEDED):
+        return False
+    tokens, scores, kinds, normaliser = (metadata[PREFIX + name] for name in NEEDED)
     lists = all(isinstance(values, tuple) for values in (scores, kinds, normaliser))
-    whole = lists and len(scores) == len(kinds) == getattr(tokens, "count", None)
-    return whole and metadata.get(f"{PREFIX}model") == "t5"
+    return lists and len(scores) == len(kinds) == getattr(tokens, "count", None)
 
 
 def sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
