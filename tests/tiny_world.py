@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -12,7 +13,9 @@ import torch
 from PIL import Image
 
 from checkpoints import TINY, TINY_VAE22, official_state, write
+from kinema.media.video import write as write_media
 from kinema.schema import Settings
+from kinema.tensors import Media
 
 TEXTS = ["a cat walks on grass", "a large red circle moves left on a blue ground", "two small squares stand still"]
 TEXT_DIM, CLIP_DIM = TINY["text_encoder"]["dim"], TINY["clip_vision"]["dim"]
@@ -24,13 +27,24 @@ DIT = {
     "in_channels": 16,
     "text_dim": TEXT_DIM,
 }
-DITS = {
+CLIP = {**DIT, "has_clip_tokens": True, "clip_dim": CLIP_DIM}
+DITS: dict[str, dict[str, Any]] = {
     "t2v": DIT,
     "i2v": {**DIT, "in_channels": 36},
-    "clip": {**DIT, "in_channels": 36, "has_clip_tokens": True, "clip_dim": CLIP_DIM},
-    "flf": {**DIT, "in_channels": 36, "has_clip_tokens": True, "clip_dim": CLIP_DIM, "num_clip_positions": 10},
+    "clip": {**CLIP, "in_channels": 36},
+    "flf": {**CLIP, "in_channels": 36, "num_clip_positions": 10},
     "ti2v": {**DIT, "in_channels": 48, "out_channels": 48},
+    "vace": {**DIT, "vace": {"layers": [0, 1], "in_channels": 96}},
+    "control21": {**CLIP, "in_channels": 48},
+    "control21ref": {**CLIP, "in_channels": 48, "reference": {"in_channels": 16}},
+    "control22": {**DIT, "in_channels": 52, "reference": {"in_channels": 16}},
+    "camera21": {**CLIP, "in_channels": 32, "camera": {"in_channels": 24, "downscale": 8}},
+    "camera22": {**DIT, "in_channels": 36, "camera": {"in_channels": 24, "downscale": 8}},
+    "inp5": {**DIT, "in_channels": 100, "out_channels": 48},
+    "control5": {**DIT, "in_channels": 148, "out_channels": 48, "reference": {"in_channels": 48}},
+    "camera5": {**DIT, "in_channels": 100, "out_channels": 48, "camera": {"in_channels": 24, "downscale": 16}},
 }
+ADAPTERS = ("vace", "reference", "camera")
 
 CATALOG = """
 [shared]
@@ -48,7 +62,7 @@ structure.in_channels = {in_channels}
 structure.out_channels = {out_channels}
 structure.has_clip_tokens = {clip}
 structure.num_clip_positions = {positions}
-vae = "{vae}"
+{adapters}vae = "{vae}"
 text_len = 16
 size = [32, 32]
 frames = 5
@@ -67,6 +81,8 @@ boundary = 0.875
 guidance_high = 4.0
 files.dit_high = ["diffusion_models/{}_high.safetensors"]
 """
+CONTROL = 'takes = {}\nneeds = ["control"]\nby_area = true\n'
+CAMERA = 'takes = {}\nneeds = ["camera"]\nby_area = true\n'
 NEEDS = {
     "tiny-t2v": ("t2v", ""),
     "tiny-t2v-two": ("t2v", TWO.format("t2v")),
@@ -74,7 +90,22 @@ NEEDS = {
     "tiny-clip": ("clip", 'takes = ["first"]\nneeds = ["first"]\nby_area = true\n'),
     "tiny-flf": ("flf", 'takes = ["first", "last"]\nneeds = ["first", "last"]\nby_area = true\n'),
     "tiny-ti2v": ("ti2v", 'takes = ["first"]\nfirst_frame = "overwrite"\nby_area = true\n'),
-}
+    "tiny-vace": ("vace", 'takes = ["control", "video", "mask", "reference", "first", "last"]\nby_area = true\n'),
+    "tiny-inp": ("clip", 'takes = ["first", "last", "video", "mask"]\nby_area = true\n'),
+    "tiny-inp-two": ("i2v", 'takes = ["first", "last", "video", "mask"]\nby_area = true\n' + TWO.format("i2v")),
+    "tiny-control21": (
+        "control21", CONTROL.format('["control", "first", "reference"]') + 'structure.reference = "optional"\n'
+    ),
+    "tiny-control21ref": ("control21ref", CONTROL.format('["control", "first", "reference"]')),
+    "tiny-control22": ("control22", CONTROL.format('["control", "first", "last", "reference"]')),
+    "tiny-camera21": ("camera21", CAMERA.format('["camera", "first"]')),
+    "tiny-camera22": ("camera22", CAMERA.format('["camera", "first", "last"]')),
+    "tiny-inp5": ("inp5", 'takes = ["first", "last", "video", "mask"]\nfirst_frame = "overwrite"\nby_area = true\n'),
+    "tiny-control5": (
+        "control5", CONTROL.format('["control", "first", "reference"]') + 'first_frame = "overwrite"\n'
+    ),
+    "tiny-camera5": ("camera5", CAMERA.format('["camera", "first"]') + 'first_frame = "overwrite"\n'),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,15 +143,25 @@ def build(root: Path) -> TinyWorld:
     write(root / "text_encoders/tiny_umt5.safetensors", text)
     rows = [
         ROW.format(
-            name=name, kind=kind, more=more, vae="wan2.2" if kind == "ti2v" else "wan2.1",
+            name=name, kind=kind, more=more, vae="wan2.2" if DITS[kind]["out_channels"] == 48 else "wan2.1",
             in_channels=DITS[kind]["in_channels"], out_channels=DITS[kind]["out_channels"],
             clip=str(DITS[kind]["has_clip_tokens"]).lower(), positions=DITS[kind]["num_clip_positions"],
+            adapters="".join(f"structure.{name} = true\n" for name in ADAPTERS if name in DITS[kind]),
         )
         for name, (kind, more) in NEEDS.items()
     ]  # fmt: skip
     catalog = root / "tiny.toml"
     catalog.write_text(CATALOG + "".join(rows), "utf-8")
     return TinyWorld(root, Settings(models=(root,), catalogs=(catalog,)))
+
+
+def film(path: Path, frames: int = 5, width: int = 32, height: int = 32, fps: float = 8, seed: int = 0) -> Path:
+    """Write a film of smooth coloured pictures, another one each frame."""
+    coarse = torch.from_numpy(np.random.default_rng(seed).random((frames, 3, 3, 3), np.float32))
+    frames_TCHW = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
+    media = Media(iter([frames_TCHW.permute(0, 2, 3, 1)]), frames, width, height, fps, {})
+    write_media(media, path, "mp4", 100)
+    return path
 
 
 def picture(path: Path, width: int = 64, height: int = 64, seed: int = 0) -> Path:

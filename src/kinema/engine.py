@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -24,16 +25,18 @@ from kinema import ops
 from kinema.clips.kept import CLIPS_SUFFIX, KeptClips
 from kinema.clips.loop import Branches, make_clips
 from kinema.clips.tasks import clip_task
+from kinema.conditioning import media_conditions
 from kinema.conditioning_flux import flux_conditions
 from kinema.errors import Cancelled, KinemaError, NumericsError, OutputError
 from kinema.media.background import BackgroundWriter
 from kinema.media.files import write_whole
 from kinema.media.preview import preview_rgb
 from kinema.media.video import write
-from kinema.models.encoders import UMT5, ClipVision, encode_padded, encode_prompts
+from kinema.models.encoders import UMT5, encode_padded, encode_prompts
 from kinema.models.wan_vae import WanVAE
 from kinema.planning import make_plan, memory, output_folder, plan_output, sidecars
 from kinema.planning.cost import work
+from kinema.planning.inputs import encodes
 from kinema.residents import BackgroundHashes, Residents
 from kinema.runtime.finite import first_nonfinite
 from kinema.runtime.machine import PeakMemory, record_calibration
@@ -222,18 +225,15 @@ class Engine:
         if plan.flux is not None:
             _stop_if(cancelled)
             return flux_conditions(plan, rows, partial(self._get, plan))
-        clip = concat = clean = None
-        if plan.images:
+        if encodes(plan):
             _stop_if(cancelled)
             with stages.measure("encode images"):
                 yield (meter := Meter("encode images", 1)).start()
-                if plan.clip_vision is not None:
-                    clip = ops.encode_clip(cast(ClipVision, self._get(plan, plan.clip_vision)), plan)
-                concat, clean = ops.encode_images(cast(WanVAE, self._get(plan, plan.vae)), plan)
+                given = media_conditions(plan, partial(self._get, plan))
                 yield meter.tick()
         else:
-            concat, clean = ops.encode_images(None, plan)
-        return {branch: Conditions((text,), clip, concat, clean) for branch, text in rows.items()}
+            given = media_conditions(plan, partial(self._get, plan))
+        return {branch: replace(given, text=(text,)) for branch, text in rows.items()}
 
     @torch.inference_mode()
     def _encode_prompts(self, plan: Plan, stages: Stages) -> Generator[Event, None, dict[Branch, Tensor]]:
@@ -283,9 +283,9 @@ class Engine:
         first = plan.experts[plan.steps[0].expert]
         if first not in self._models:
             with stages.measure("load"):
-                yield (meter := Meter("load", 1)).start()
+                yield (loading := Meter("load", 1)).start()
                 self._get(plan, first)
-                yield meter.tick()
+                yield loading.tick()
         clean = conditions["cond"].clean_BCFhw
         factors = ops.preview_factors(plan) if plan.output.preview is not None else None
         with stages.measure("sample"):
@@ -295,10 +295,10 @@ class Engine:
                     yield meter.tick()
                     _stop_if(cancelled)
                     if plan.output.preview is not None:
-                        yield self._preview(plan, step.index, step.x0[0], factors)
+                        yield self._preview(plan, step.index, step.x0[0][:, plan.reference_frames :], factors)
             except NumericsError as error:
                 raise _located(error, velocity.last) from error
-        return step.x[0].cpu()
+        return step.x[0][:, plan.reference_frames :].cpu()
 
     def _preview(self, plan: Plan, index: int, latents_CFhw: Tensor, factors: Tensor | None) -> Preview:
         path = cast(Path, plan.output.preview)

@@ -16,15 +16,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kinema.errors import CheckpointError, NumericsError
-from kinema.media.frames import crop_to, latent_mask, resize, to_video_range
-from kinema.media.image import read_image
-from kinema.models.encoders import ClipVision
 from kinema.models.flux import FluxDiT
 from kinema.models.flux_vae import FluxVAE
 from kinema.models.wan import WanDiT
 from kinema.models.wan_vae import WanVAE
 from kinema.sampling.denoiser import Branch
-from kinema.schema import Expert, ImagePlan, Plan, PlanStep
+from kinema.schema import Expert, Plan, PlanStep
 from kinema.tensors import Conditions
 from kinema.weights.files import open_tensors
 from kinema.weights.lora.attach import set_strengths
@@ -35,59 +32,6 @@ DiT = WanDiT | FluxDiT
 VAE = WanVAE | FluxVAE
 PLAN_KEY = "kinema"
 """Metadata key under which an output file carries its plan."""
-
-
-# --- encode --------------------------------------------------------------------------------------
-
-
-def read_planned(image: ImagePlan) -> Tensor:
-    """Return image_CHW float32 in [-1, 1] at the size the plan gives it."""
-    pixels_CHW = to_video_range(read_image(image.path)[0])
-    fit = crop_to if image.crop else resize
-    return fit(pixels_CHW, image.width, image.height, image.filter)
-
-
-def encode_clip(clip: ClipVision, plan: Plan) -> Tensor:
-    """Return CLIP tokens [1, 257 or 514, 1280] of the input images, at their own resolution, first then last."""
-    tokens = [clip.encode(to_video_range(read_image(image.path)[0])[None]) for image in plan.images]
-    return torch.cat(tokens, dim=1)
-
-
-@torch.inference_mode()
-def encode_images(vae: WanVAE | None, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
-    """Return (concat_BCFhw, clean_BCFhw) of the plan's images; None for what this model does not use.
-
-    A concat model without an image gets zeros; `vae` may then be None.
-    """
-    channels, latent_frames, h, w = plan.latent
-    if plan.first_frame == "none":
-        return None, None
-    if vae is None or not plan.images:
-        return torch.zeros(1, 4 + channels, latent_frames, h, w), None
-    images = {image.role: read_planned(image) for image in plan.images}
-    if plan.first_frame == "overwrite":
-        return None, vae.encode(images["first"][None, :, None], tile=plan.tile)
-    return image_channels(vae, images, plan.frames, plan.chunk, plan.tile), None
-
-
-def image_channels(
-    vae: WanVAE, images: Mapping[str, Tensor], frames: int, chunk: int = 1, tile: int | None = None
-) -> Tensor:
-    """Return mask4 + image channels, [1, 4 + z, F, h, w]: 1 where a frame is given, and the latents of the
-    given frames among grey ones.
-
-    images  image_CHW in [-1, 1] by role: "first" for frame 0, "last" for the last of `frames`.
-    Source: Wan-Video/Wan2.2 wan/image2video.py; Wan-Video/Wan2.1 wan/first_last_frame2video.py (Apache-2.0).
-    """
-    places = {"first": 0, "last": frames - 1}
-    some = next(iter(images.values()))
-    video_BCTHW = some.new_zeros(1, 3, frames, *some.shape[1:])
-    for role, image_CHW in images.items():
-        video_BCTHW[0, :, places[role]] = image_CHW
-    latents_BCFhw = vae.encode(video_BCTHW, chunk=chunk, tile=tile)
-    known = [places[role] for role in images]
-    mask_CFhw = latent_mask(known, frames, *latents_BCFhw.shape[3:]).to(latents_BCFhw)
-    return torch.cat([mask_CFhw[None], latents_BCFhw], dim=1)
 
 
 # --- sample --------------------------------------------------------------------------------------

@@ -123,21 +123,24 @@ class Request(Frozen):
     first: Path | None = _field("media", "Image that frame 0 shows.")
     last: Path | None = _field("media", "Image that the last frame shows.")
     reference: Paths = _field("media", "Reference images.", ())
-    control: Path | None = _field("media", "Control video (canny, depth, pose).")
+    control: Path | None = _field("media", "Control video (canny, depth, pose), or a folder of its frames.")
     control_image: Paths = _field("media", "Control images of one-frame inference.", ())
     control_mask: Paths = _field("media", "Masks of the control images.", ())
-    mask: Path | None = _field("media", "Mask video or image; white is generated.")
+    mask: Path | None = _field("media", "Mask video or image; what is white is made anew, black is kept.")
     pose: Path | None = _field("media", "Pose video.")
     face: Path | None = _field("media", "Face video.")
     background: Path | None = _field("media", "Background video.")
     audio: Path | None = _field("media", "Speech or music.")
     camera: str | None = _field("media", 'Camera moves, such as "pan left" or "static 1s; dolly in", or a pose file.')
-    video: Path | None = _field("media", "Source video.")
+    video: Path | None = _field(
+        "media", "Source video: what is kept where there is no mask, and goes on after its end."
+    )
     one_frame: str | None = _field("media", "One-frame inference, for example target_index=1,control_index=0.")
 
     size: SizeText = _field("shape", "WIDTHxHEIGHT in pixels, or 480p or 720p: that area at the image's aspect.")
     frames: int | None = _field("shape", "Frames, 4n+1; 1 makes an image.", ge=1)
     seconds: float | None = _field("shape", "Length in seconds, instead of frames.", gt=0)
+    outpaint: bool = _field("shape", "Show the whole video inside the size, and make what is around it.", False)
     fps: float | None = _field("shape", "Frames per second of the file. Default: the model's own.", gt=0, le=240)
 
     seed: int | None = _field("sampling", "Seed of the noise; the same on every device.", ge=0, lt=2**63)
@@ -150,6 +153,7 @@ class Request(Frozen):
     true_guidance: float | None = _field(
         "sampling", "Guidance of FLUX by a second pass over the negative prompt; 1 (default) makes none.", ge=0
     )
+    control_scale: float | None = _field("sampling", "Weight of VACE's control; 1 is as trained.", ge=0, le=10)
     boundary: float | None = _field("sampling", "Switch of experts as a share of 1000 timesteps.", ge=0, le=1)
     solver: Solver | None = _field("sampling", "unipc, dpmpp or euler.")
 
@@ -364,7 +368,8 @@ class Facts(Frozen):
 class CatalogEntry(Frozen):
     """One model: the facts no file holds. Numbers are the official defaults.
 
-    structure    fields of the DiT's configuration that its header must show; true for an adapter it must have.
+    structure    fields of the DiT's configuration that its header must show; true for an adapter it must have,
+                 "optional" for one that only some of its files have.
     takes, needs Request fields of media the model accepts, and those it cannot do without.
     first_frame  "concat": mask and image are extra channels; "overwrite": the clean latent replaces the noise.
     no_image     what a concat model does without an image: zeros in those channels, or a refusal.
@@ -417,6 +422,8 @@ class CatalogEntry(Frozen):
         """
         for field, wanted in self.structure.items():
             found = config.get(field)
+            if wanted == "optional":
+                continue
             if (bool(found) if isinstance(wanted, bool) else found) != wanted:
                 return field
         adapters = (field for field, value in config.items() if isinstance(value, Mapping))
@@ -555,14 +562,37 @@ class OutputPlan(Frozen):
 
 
 class ImagePlan(Frozen):
-    """How one image is brought to the video's size: cover-crop (Lanczos or bicubic) or plain resize."""
+    """How one image is brought to the video's size: cover-crop, whole on white (`pad`), or plain resize.
+
+    clip  whether the model sees its CLIP tokens too, which are of the whole image.
+    """
 
     role: str
     path: Path
     width: int
     height: int
     crop: bool
+    pad: bool = False
     filter: Literal["lanczos", "bicubic", "bilinear"]
+    clip: bool = False
+
+
+class VideoPlan(Frozen):
+    """How one input video is brought to the rate, length and size of the one that is made.
+
+    frames  how many are used, from the first on; they are frames 0, 1, ... of the result.
+    still   it is one picture: of a mask, that of every frame.
+    fit     crop it at its centre, or show it whole, with bars that are made.
+    """
+
+    role: str
+    path: Path
+    fps: float
+    frames: int
+    still: bool = False
+    width: int
+    height: int
+    fit: Literal["crop", "whole"] = "crop"
 
 
 class CameraSegment(Frozen):
@@ -650,7 +680,10 @@ class Limits(Frozen):
 class Plan(Frozen):
     """Every decision of a run, no tensors. `kinema plan` prints it; the output file carries it; replay runs it.
 
-    latent            (channels, latent frames, rows, columns) of one sampling: of a clip, where there are clips.
+    latent            (channels, latent frames, rows, columns) of one sampling: of a clip, where there are clips; its
+                      first `reference_frames` latent frames are of reference images, and not part of the video.
+    concat            what the channels after the noise are, in order: `control` and `start` are latents of a video and
+                      of frame 0, `masked` those of all that is known, `mask` says where that is.
     clips             how a long video is made of several samplings; empty where one makes all of it.
     sound             what is heard in outputs that can hold it.
     hashes, versions  sha256 of every one of `files` by path, and what ran them; filled in when the run ends.
@@ -675,6 +708,10 @@ class Plan(Frozen):
     text_len: int
     images: tuple[ImagePlan, ...] = ()
     first_frame: Literal["none", "concat", "overwrite"] = "none"
+    videos: tuple[VideoPlan, ...] = ()
+    concat: tuple[Literal["control", "mask", "masked", "start"], ...] = ()
+    control_scale: float = 1.0
+    reference_frames: int = 0
     camera: CameraPlan | None = None
     flux: FluxPlan | None = None
     width: int
@@ -723,6 +760,7 @@ class Plan(Frozen):
         weights = [file for ref in refs for file in ref.files]
         loras = [lora.path for ref in refs for lora in ref.loras]
         others = [self.text_encoder.tokenizer, *(image.path for image in self.images)]
+        others += [video.path for video in self.videos]
         others += [self.camera.path] if self.camera else []
         others += [self.speech.audio, self.speech.pose] if self.speech else []
         others += [self.sound.path] if self.sound else []

@@ -183,6 +183,7 @@ def test_every_short_name_stands_for_a_field():
         ("| `--sample_steps` | `--steps` |", "| `--sample_steps` | not yet: |"),
         ("| `--sample_steps` | `--steps` |", "| `--sample_steps` | `--num-steps` |"),
         ("| `--sample_steps` | `--steps` |", "| `--sample_stepz` | `--steps` |"),
+        ("not yet: one-frame inference |", "`--one-frame` |"),
         ("`kinema decode FILE`", "`kinema undo FILE`"),
     ],
 )

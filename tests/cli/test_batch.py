@@ -276,8 +276,10 @@ def test_every_other_field_is_content(name: str):
         "quantise": "fp8",
         "quantise_text_encoder": "int8",
         "fp8_matmul": True,
+        "outpaint": True,
         "boundary": 0.5,
         "lora_mode": "fuse",
+        "control_scale": 0.5,
     }
     changed = Request(
         **{name: values.get(name, "64" if name not in ("reference", "control_image", "control_mask") else "x")}

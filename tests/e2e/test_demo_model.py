@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from kinema.catalog.installed import demo_files
+from kinema.conditioning import image_channels
 from kinema.models.encoders import UMT5
 from kinema.models.tokenizer import Tokenizer
 from kinema.models.wan import WanDiT
 from kinema.models.wan_vae import WanVAE
-from kinema.ops import image_channels
 from kinema.schema import ModelRef
 from kinema.weights.detect import inspect
 from kinema.weights.files import open_tensors

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from golden_weights import assert_golden, fill, golden, input_tensor
-from kinema import ops
+from kinema import conditioning, ops
 from kinema.models.wan import WanConfig, WanDiT
 from kinema.models.wan_vae import WanVAE, WanVAEConfig
 from kinema.sampling.denoiser import Branch, sample
@@ -76,7 +76,7 @@ def run(spec: dict[str, Any], late: int = 0, device: torch.device = CPU) -> tupl
     concat = clean = None
     if config["dit"]["model_type"] == "i2v":
         image = input_tensor("image", (3, config["height"], config["width"]), 1, scale=1.0).to(device)
-        concat = ops.image_channels(autoencoder, {"first": image}, config["frames"])
+        concat = conditioning.image_channels(autoencoder, {"first": image}, config["frames"])
     elif "image" in spec["inputs"]:
         image = input_tensor("image", spec["inputs"]["image"], 1, scale=1.0).to(device)
         clean = autoencoder.encode(image[None, :, None])

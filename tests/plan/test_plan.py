@@ -13,7 +13,7 @@ import pytest
 from kinema.errors import CheckpointError, MachineError, RequestError
 from kinema.planning.geometry import nearest_frames, nearest_multiples, size_by_area, size_by_area_wan22
 from kinema.schema import AREAS, Machine, Plan
-from plan.world import CATALOG, MACHINE, VAE_CONFIG, file, files_of, image, plan
+from plan.world import CATALOG, MACHINE, VAE_CONFIG, file, files_of, image, plan, video
 
 FIXTURES = Path(__file__).parent / "fixtures.json"
 FIRST = {"first": image(1600, 900)}
@@ -34,6 +34,21 @@ CASES = {
     "flux.1-canny-dev": {"images": {"control": image(1024, 768, "edges.png")}},
     "flux.1-depth-dev": {"images": {"control": image(1024, 768, "depth.png")}},
     "flux.1-redux-dev": {"images": {"reference": image(640, 640, "room.png")}},
+    "wan2.1-vace-1.3b": {"images": {"control": video()}},
+    "wan2.1-vace-14b": {"images": {"video": video(1280, 720), "mask": image(1280, 720, "mask.png")}},
+    "wan2.2-vace-fun-a14b": {"images": {"reference": image(400, 800)}},
+    "wan2.1-fun-inp-1.3b": {"images": FIRST},
+    "wan2.1-fun-inp-14b": {"images": {**FIRST, "last": image(1600, 900, "last.png")}},
+    "wan2.2-fun-inp-a14b": {"images": FIRST},
+    "wan2.2-fun-inp-5b": {"images": FIRST},
+    "wan2.1-fun-control-1.3b": {"images": {"control": video()}},
+    "wan2.1-fun-control-14b": {"images": {"control": video(), "reference": image(400, 800)}},
+    "wan2.2-fun-control-a14b": {"images": {"control": video(), "reference": image(400, 800)}},
+    "wan2.2-fun-control-5b": {"images": {"control": video(1280, 704, 121, 24), **FIRST}},
+    "wan2.1-fun-camera-1.3b": {"images": FIRST, "camera": "pan left"},
+    "wan2.1-fun-camera-14b": {"images": FIRST, "camera": "zoom in"},
+    "wan2.2-fun-camera-a14b": {"images": FIRST, "camera": "static"},
+    "wan2.2-fun-camera-5b": {"images": FIRST, "camera": "roll"},
 }
 
 
@@ -77,6 +92,14 @@ OFFICIAL = {
     "wan2.2-ti2v-5b": (50, 5, {5}, 121, 24, (1280, 704)),
     "flux.1-dev": (50, math.exp(1.15), {1}, 1, 16, (1024, 1024)),
     "flux.1-schnell": (4, 1, {1}, 1, 16, (1024, 1024)),
+    "wan2.1-vace-1.3b": (50, 16, {5}, 81, 16, (832, 480)),
+    "wan2.1-vace-14b": (50, 16, {5}, 81, 16, (1280, 720)),
+    "wan2.2-vace-fun-a14b": (50, 12, {5}, 81, 16, (832, 480)),
+    "wan2.1-fun-inp-1.3b": (50, 3, {6}, 81, 16, (832, 464)),
+    "wan2.1-fun-control-14b": (50, 3, {6}, 81, 16, (832, 480)),
+    "wan2.1-fun-camera-1.3b": (50, 3, {6}, 81, 16, (832, 464)),
+    "wan2.2-fun-inp-a14b": (50, 5, {6}, 81, 16, (832, 464)),
+    "wan2.2-fun-control-5b": (50, 5, {6}, 121, 24, (1248, 704)),
 }
 
 

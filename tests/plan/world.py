@@ -50,13 +50,24 @@ def flux_files_of(entry: CatalogEntry) -> dict[str, FileFacts]:
     return found
 
 
+def adapters_of(entry: CatalogEntry) -> dict[str, Any]:
+    """What a header says of the adapters that a model has."""
+    every = entry.structure["num_layers"] // (15 if entry.structure["dim"] == 1536 else 8)
+    known: dict[str, dict[str, Any]] = {
+        "vace": {"layers": list(range(0, entry.structure["num_layers"], every)), "in_channels": 96},
+        "camera": {"in_channels": 24, "downscale": 16 if entry.vae == "wan2.2" else 8},
+        "reference": {"in_channels": 48 if entry.vae == "wan2.2" else 16},
+    }
+    return {name: config for name, config in known.items() if entry.structure.get(name)}
+
+
 def files_of(entry: CatalogEntry) -> dict[str, FileFacts]:
     if entry.family == "flux":
         return flux_files_of(entry)
     dim = entry.structure["dim"]
     dit = {
         "num_layers": 30, "text_dim": 4096, "freq_dim": 256, "num_clip_positions": 0, "clip_dim": 1280,
-        "head_dim": 128, "ffn_dim": FFN[dim], **entry.structure,
+        "head_dim": 128, "ffn_dim": FFN[dim], **entry.structure, **adapters_of(entry),
     }  # fmt: skip
     found = {
         "dit": file("low", "dit", dit, 28_000_000_000),
@@ -72,6 +83,15 @@ def files_of(entry: CatalogEntry) -> dict[str, FileFacts]:
 
 def image(width: int, height: int, name: str = "image.png", alpha: bool = False) -> MediaFacts:
     return MediaFacts(path=Path(f"/in/{name}"), kind="image", width=width, height=height, has_alpha=alpha)
+
+
+def video(
+    width: int = 832, height: int = 480, frames: int = 81, fps: float | None = 16, name: str = "video.mp4"
+) -> MediaFacts:
+    seconds = frames / fps if fps else None
+    return MediaFacts(
+        path=Path(f"/in/{name}"), kind="video", width=width, height=height, frames=frames, fps=fps, seconds=seconds
+    )
 
 
 def plan(

@@ -51,6 +51,8 @@ def _facts(plan: Plan) -> Table:
         else "1 image",
         "latent grid": f"{latent_frames} frames of {columns}x{rows}, {channels} channels; {plan.tokens} tokens",
         "images": ", ".join(f"{image.role} {image.path}" for image in plan.images),
+        "videos": ", ".join(f"{video.role} {video.path}, {video.frames} frames" for video in plan.videos),
+        "camera": plan.request.camera or "",
         "seeds": ", ".join(map(str, plan.seeds)),
         "sampling": f"{plan.solver}, {len(plan.steps)} steps, shift {plan.shift:g}"
         + (f", boundary {plan.boundary:g}" if plan.boundary is not None else "")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kinema import ops
 from kinema.clips.loop import Branches
+from kinema.conditioning import read_planned
 from kinema.media.audio import read_audio
 from kinema.media.frames import crop_to, to_video_range
 from kinema.media.reader import read_video
@@ -140,7 +141,7 @@ def speech_clips(
     """
     assert plan.speech is not None and plan.audio_encoder is not None
     image = next(image for image in plan.images if image.role == "reference")
-    pixels_CHW = ops.read_planned(image)
+    pixels_CHW = read_planned(image)
     vae = cast(WanVAE, models(plan.vae))
     reference_BCFhw = vae.encode(pixels_CHW[None, :, None].to(vae.latent_mean.device), tile=plan.tile).cpu()
     audio_LDT = None

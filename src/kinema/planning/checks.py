@@ -6,6 +6,7 @@ from kinema.errors import CheckpointError, RequestError
 from kinema.planning.flux import PARTS as FLUX_PARTS
 from kinema.planning.flux import check_flux
 from kinema.planning.geometry import LATENT_CHANNELS
+from kinema.planning.inputs import makes_its_own
 from kinema.schema import CatalogEntry, Facts, FileFacts, Request
 
 VAE_FILES = {"wan2.1": "wan_2.1_vae.safetensors", "wan2.2": "wan2.2_vae.safetensors", "flux": "ae.safetensors"}
@@ -33,25 +34,73 @@ def check_media(request: Request, entry: CatalogEntry) -> None:
             )
     for field in entry.needs:
         if not getattr(request, field):
+            what, word = NEEDED.get(field, (field, "FILE"))
             raise RequestError(
-                f"{entry.name} needs {'an image for frame 0' if field == 'first' else 'an image for the last frame'}",
-                f"pass --{field} IMAGE, or take a text-to-video model",
-                field=field,
-                got=None,
+                f"{entry.name} needs {what}", f"pass --{field} {word}, or take another model", field=field, got=None
             )
-    if request.last and not request.first and entry.takes:
+    # A model that takes videos knows of any frame which part is given.
+    if request.last and not request.first and "video" not in entry.takes:
         raise RequestError(
             f"{entry.name} takes a last image only together with a first one, got only --last {request.last}",
             "pass --first IMAGE as well",
             field="first",
             got=None,
         )
+    _check_video_options(request, entry)
+
+
+def _check_video_options(request: Request, entry: CatalogEntry) -> None:
+    """Raise for what means nothing without, or beside, something else."""
+    vace = bool(entry.structure.get("vace"))
+    if request.control_scale is not None and not vace:
+        raise RequestError(
+            f"{entry.name} has no control to weigh: --control-scale {request.control_scale:g} means nothing to it",
+            "leave it out, or take a VACE model",
+            field="control_scale",
+            got=request.control_scale,
+        )
+    if request.mask and not makes_its_own(entry) and not (request.video or (vace and request.control)):
+        raise RequestError(
+            f"mask {request.mask} masks nothing: no video was given",
+            f"pass --video VIDEO{' or --control VIDEO' if vace else ''} as well",
+            field="mask",
+            got=str(request.mask),
+        )
+    if request.outpaint and not request.video:
+        raise RequestError(
+            "outpaint has nothing to show: no video was given",
+            "pass --video VIDEO" if "video" in entry.takes else "take a VACE or Fun InP model, and pass --video VIDEO",
+            field="outpaint",
+            got=True,
+        )
+    if len(request.reference) > 1 and entry.structure.get("reference"):
+        raise RequestError(
+            f"{entry.name} takes one reference image, got {len(request.reference)}",
+            "pass one, or take a VACE model, which takes several",
+            field="reference",
+            got=len(request.reference),
+            allowed=1,
+        )
+
+
+NEEDED = {
+    "first": ("an image for frame 0", "IMAGE"),
+    "last": ("an image for the last frame", "IMAGE"),
+    "control": ("something to control it", "FILE"),
+    "camera": ("a camera move or pose file", '"pan left"'),
+}
 
 
 def _who_takes(field: str) -> str:
+    vace, inpaint = "wan2.1-vace-14b, wan2.2-vace-fun-a14b", "wan2.2-fun-inp-a14b"
     models = {
         "first": "wan2.2-i2v-a14b, wan2.2-ti2v-5b or wan2.1-i2v-14b-720p",
         "last": "wan2.2-i2v-a14b or wan2.1-flf2v-14b",
+        "control": f"{vace} or wan2.2-fun-control-a14b",
+        "reference": f"{vace} or wan2.2-fun-control-a14b",
+        "video": f"{vace} or {inpaint}",
+        "mask": f"{vace} or {inpaint}",
+        "camera": "wan2.2-fun-camera-a14b or wan2.1-fun-camera-14b",
     }
     return f"models that take one: {models[field]}" if field in models else "no model of this version takes one"
 
@@ -88,6 +137,18 @@ def check_components(request: Request, entry: CatalogEntry, facts: Facts) -> Non
                 field=role,
                 got=str(file.path),
             )
+    uses_references = ("vace", "reference", "animate", "speech")
+    if (
+        request.reference
+        and entry.family == "wan"
+        and not any(facts.files["dit"].config.get(adapter) for adapter in uses_references)
+    ):
+        raise RequestError(
+            f"{facts.files['dit'].path} takes no reference image: {facts.files['dit'].structure}",
+            "leave --reference out, or take the V1.1 files of this model",
+            field="reference",
+            got=str(request.reference[0]),
+        )
     dit, text, vae = facts.files["dit"].config, facts.files["text_encoder"], facts.files["vae"]
     if text.config.get("dim") != dit.get("text_dim"):
         raise CheckpointError(

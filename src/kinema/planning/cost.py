@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from kinema.planning import flux_cost, memory
 from kinema.planning.flux_cost import is_flux
+from kinema.planning.inputs import encoded_latent_frames, encodes
 from kinema.schema import Machine, Plan, StageCost, calibration_key
 
 Config = Mapping[str, Any]
@@ -34,20 +35,20 @@ def work(plan: Plan) -> dict[str, float]:
     tokens = [min(len(text.encode()) / 4 + 2, plan.text_len) for text in texts]  # about 4 bytes a token
     _, frames, height, width = plan.latent
     amounts = {"encode text": sum(text_encoder_flops(plan.text_encoder.config, count) for count in tokens)}
-    if plan.images:
-        latent_frames = frames if plan.first_frame == "concat" else 1
-        amounts["encode images"] = vae_encode_flops(plan.vae.config, latent_frames, height, width)
+    seen = sum(image.clip for image in plan.images)
+    if encodes(plan):
+        amounts["encode images"] = vae_encode_flops(plan.vae.config, encoded_latent_frames(plan), height, width)
         if plan.clip_vision is not None:
-            amounts["encode images"] += len(plan.images) * clip_flops(plan.clip_vision.config)
+            amounts["encode images"] += seen * clip_flops(plan.clip_vision.config)
     first = plan.experts[plan.steps[0].expert]
     amounts["load"] = float(first.parameters * memory.BYTES[first.dtype])
-    clip_tokens = len(plan.images) * clip_tokens_of(plan.clip_vision.config) if plan.clip_vision else 0
+    clip_tokens = max(seen, 1) * clip_tokens_of(plan.clip_vision.config) if plan.clip_vision else 0
     dit = {
         expert: dit_flops(ref.config, frames, height, width, plan.text_len, clip_tokens)
         for expert, ref in plan.experts.items()
     }
     amounts["sample"] = sum(dit[step.expert] * (1 if step.guidance == 1.0 else 2) for step in plan.steps)
-    amounts["decode"] = vae_decode_flops(plan.vae.config, frames, height, width)
+    amounts["decode"] = vae_decode_flops(plan.vae.config, frames - plan.reference_frames, height, width)
     return amounts
 
 

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from kinema.errors import MachineError, RequestError
 from kinema.planning import activations, flux_cost
 from kinema.planning.flux_cost import is_flux
+from kinema.planning.inputs import encodes
 from kinema.schema import Limits, Machine, ModelRef, Note, Plan, Quantise, Request, StageCost
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -109,7 +110,7 @@ def stages(plan: Plan) -> dict[str, list[tuple[ModelRef, float]]]:
     found = {"encode text": [(plan.text_encoder, _text(plan))]}
     if plan.flux is not None:
         found["encode text"].append((plan.flux.clip_text, 0.0))
-    if plan.images:
+    if encodes(plan):
         clip = [(plan.clip_vision, activations.clip_bytes(plan.clip_vision.config))] if plan.clip_vision else []
         found["encode images"] = [*clip, (plan.vae, _vae(plan, decoder=False))]
     order = list(dict.fromkeys(step.expert for step in plan.steps))
@@ -168,7 +169,7 @@ def _host(plan: Plan, loaded: Sequence[ModelRef], ref: ModelRef, need: float) ->
             activations.vae_history_bytes(ref.config, *plan.latent[2:], BYTES[ref.dtype], decoder=decoder)
             for decoder in (False, True)
         )
-    pictures = 12.0 * plan.frames * plan.height * plan.width if plan.images and ref.component == "vae" else 0.0
+    pictures = 12.0 * plan.frames * plan.height * plan.width if encodes(plan) and ref.component == "vae" else 0.0
     rings = max((ring_bytes(other) for other in loaded), default=0)
     return HOST_BASE + on_host + (need if ref.device == "cpu" else 0) + rings + history + pictures
 
@@ -210,7 +211,8 @@ def _dit(plan: Plan, ref: ModelRef) -> float:
     if is_flux(ref.config):
         each = flux_cost.transformer_bytes(ref.config, plan.tokens, plan.text_len, BYTES[ref.dtype])
         return each * _workspace(plan)
-    rows += (2 if both else 1) * len(plan.images) * CLIP_TOKENS if plan.clip_vision else 0
+    seen = max(1, sum(image.clip for image in plan.images)) if plan.clip_vision else 0
+    rows += (2 if both else 1) * seen * CLIP_TOKENS
     taken = activations.dit_bytes(
         ref.config, _tokens(plan, ref), rows, BYTES[ref.dtype], branches=2 if together else 1, ffn_tokens=ref.ffn_tokens
     )

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from kinema.errors import RequestError
 from kinema.planning.camera import plan_camera
-from kinema.planning.checks import check_components, check_media
+from kinema.planning.checks import MEDIA_FIELDS, check_components, check_media
 from kinema.planning.cost import estimate
 from kinema.planning.flux import flux_images, plan_flux
 from kinema.planning.geometry import LATENT_CHANNELS, PATCH, SPATIAL_STRIDE, latent_frames
+from kinema.planning.inputs import plan_concat, plan_images, plan_videos
 from kinema.planning.lora import plan_loras, step_strengths, with_loras, with_preset
 from kinema.planning.memory import fit
 from kinema.planning.outputs import plan_output
 from kinema.planning.quantisation import multiplied, quantised
-from kinema.planning.shape import plan_images, plan_length, plan_size, plan_tile
+from kinema.planning.shape import plan_length, plan_size, plan_tile
 from kinema.sampling.schedule import TRAIN_TIMESTEPS, Schedule, expert_of, flux_shift, schedule
 from kinema.schema import (
     AREAS,
@@ -53,13 +54,15 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     check_components(request, entry, facts)
     task = _task(request, entry)
     width, height = plan_size(request, entry, facts, notes)
-    frames, fps = plan_length(request, entry, notes)
+    frames, fps = plan_length(request, entry, facts, notes)
     stride = SPATIAL_STRIDE[entry.vae]
-    latent = (LATENT_CHANNELS[entry.vae], latent_frames(frames), height // stride, width // stride)
+    references = len(request.reference) if entry.structure.get("vace") else 0
+    latent = (LATENT_CHANNELS[entry.vae], latent_frames(frames) + references, height // stride, width // stride)
+    concat = plan_concat(entry, facts)
     precision: Precision = request.precision or "fast"
     loras = plan_loras(request, entry, facts, notes)
     entry = with_preset(entry, loras.preset)
-    tokens = latent[1] * (latent[2] // PATCH) * (latent[3] // PATCH)
+    tokens = _tokens(latent, facts.files["dit"])
     shift = _shift(request, entry, width * height, tokens)
     boundary = _boundary(request, entry)
     steps = _steps(request, entry, shift, boundary, notes, loras.preset)
@@ -87,7 +90,11 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         negative=negative,
         text_len=entry.text_len,
         images=(flux_images if entry.family == "flux" else plan_images)(request, entry, facts, (width, height), notes),
-        first_frame=_first_frame(request, entry, facts),
+        videos=plan_videos(request, entry, facts, (width, height), frames, fps, notes),
+        first_frame=_first_frame(request, entry, bool(concat)),
+        concat=concat,
+        control_scale=1.0 if request.control_scale is None else request.control_scale,
+        reference_frames=references,
         camera=plan_camera(request.camera, next(iter(facts.media.get("camera", ())), None), frames, fps, notes),
         flux=_flux(request, entry, facts),
         width=width,
@@ -112,13 +119,27 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     return fitted.model_copy(update={"costs": estimate(fitted, facts.machine)})
 
 
+def _tokens(latent: tuple[int, int, int, int], dit: FileFacts) -> int:
+    """Tokens of the noise, and of the frame in front of it where a reference image has its own."""
+    _, frames, rows, columns = latent
+    return (frames + bool(dit.config.get("reference"))) * (rows // PATCH) * (columns // PATCH)
+
+
 def _task(request: Request, entry: CatalogEntry) -> str:
     if entry.family == "flux":
         given = [name for name in ("first", "control", "reference") if getattr(request, name)]
         return "image to image" if given else "text to image"
+    given = [name for name in ("first", "last") if getattr(request, name)]
+    if request.camera:
+        return "camera to video"
+    if request.control:
+        return "control to video"
+    if request.video:
+        return "inpainting" if request.mask else "outpainting" if request.outpaint else "extension"
+    if request.reference:
+        return "reference to video"
     if request.frames == 1:
         return "text to image"
-    given = [name for name in ("first", "last") if getattr(request, name)]
     return {0: "text to video", 1: "image to video", 2: "first and last frame to video"}[len(given)]
 
 
@@ -128,12 +149,12 @@ def _flux(request: Request, entry: CatalogEntry, facts: Facts) -> FluxPlan | Non
     return plan_flux(request, entry, facts, lambda file: _ref(file, facts.machine, "float32"))
 
 
-def _first_frame(request: Request, entry: CatalogEntry, facts: Facts) -> Any:
-    if entry.family == "flux":
-        return "none"
-    if entry.first_frame == "overwrite":
-        return "overwrite" if request.first else "none"
-    return "concat" if facts.files["dit"].config["in_channels"] > LATENT_CHANNELS[entry.vae] else "none"
+def _first_frame(request: Request, entry: CatalogEntry, concat: bool) -> Literal["none", "concat", "overwrite"]:
+    """How frame 0 enters; a model that overwrites it does so only where it is known to its last pixel."""
+    whole = request.first or (request.video and not request.mask and not request.outpaint)
+    if entry.first_frame == "overwrite" and whole:
+        return "overwrite"
+    return "concat" if concat else "none"
 
 
 # --- sampling ------------------------------------------------------------------------------------
@@ -195,7 +216,7 @@ def _guidance(request: Request, entry: CatalogEntry, notes: list[Note]) -> dict[
 
 def _texts(request: Request, entry: CatalogEntry, steps: Sequence[PlanStep], notes: list[Note]) -> tuple[str, str]:
     prompt = (request.prompt or "").strip()
-    if not prompt and not (request.first or request.reference):
+    if not prompt and not any(getattr(request, field) for field in MEDIA_FIELDS):
         raise RequestError(
             f"no prompt: {entry.name} has nothing to show",
             'pass a text, for example: kinema generate "a cat walks on grass"',

@@ -1,4 +1,4 @@
-"""Size, length and how the images are fitted: what was asked, the model's default, or a refusal with the nearest."""
+"""Size and length: what was asked, what the inputs suggest, the model's default, or a refusal with the nearest."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from kinema.planning.geometry import (
     size_by_area,
     size_by_area_wan22,
 )
-from kinema.schema import AREAS, CatalogEntry, Facts, ImagePlan, Note, Request
+from kinema.planning.inputs import length_of_inputs
+from kinema.schema import AREAS, CatalogEntry, Facts, Note, Request
+
+ASPECT_ROLES = {"wan": ("first", "video", "control"), "flux": ("first", "control", "reference")}
+"""Inputs whose aspect the video takes where no size is asked for, best first."""
 
 
 def plan_size(request: Request, entry: CatalogEntry, facts: Facts, notes: list[Note]) -> tuple[int, int]:
     multiple = SPATIAL_STRIDE[entry.vae] * PATCH
     by_area = size_by_area_wan22 if entry.vae == "wan2.2" else size_by_area
-    image = next((media for role in ("first", "control", "reference") for media in facts.media.get(role, ())), None)
-    if entry.family == "wan":
-        image = next(iter(facts.media.get("first", ())), None)
+    roles = ASPECT_ROLES[entry.family]
+    image = next((media for role in roles for media in facts.media.get(role, ())), None)
     if request.size and request.size not in AREAS:
         width, height = (int(side) for side in request.size.split("x"))
         _check_sides(width, height, multiple)
     elif request.size or (image and entry.by_area):
         area = AREAS[request.size] if request.size else entry.size[0] * entry.size[1]
         width, height = by_area(*(image.width, image.height) if image else (16, 9), area)
+        if image and image.kind == "video" and _is_a_size(image.width, image.height, multiple, area):
+            # A source that could be a result keeps its pixels: nothing is scaled or cropped.
+            width, height = image.width, image.height
         aspect = f"the aspect of {image.path.name} ({image.width}x{image.height})" if image else "16:9"
         asked = request.size or f"{entry.size[0]}x{entry.size[1]}"
         notes.append(Note(about="size", text=f"{width}x{height}: {asked} as area, at {aspect}"))
@@ -36,6 +42,10 @@ def plan_size(request: Request, entry: CatalogEntry, facts: Facts, notes: list[N
         known = ", ".join(f"{w}x{h}" for w, h in trained)
         notes.append(Note(about="size", text=f"{width}x{height} is not a size {entry.name} was made for ({known})"))
     return width, height
+
+
+def _is_a_size(width: int, height: int, multiple: int, area: int) -> bool:
+    return not (width % multiple or height % multiple) and area < 2 * width * height <= 2 * area
 
 
 def _check_sides(width: int, height: int, multiple: int) -> None:
@@ -51,7 +61,7 @@ def _check_sides(width: int, height: int, multiple: int) -> None:
         )
 
 
-def plan_length(request: Request, entry: CatalogEntry, notes: list[Note]) -> tuple[int, float]:
+def plan_length(request: Request, entry: CatalogEntry, facts: Facts, notes: list[Note]) -> tuple[int, float]:
     if request.frames is not None and request.seconds is not None:
         raise RequestError(
             f"frames {request.frames} and seconds {request.seconds} both say how long; give one",
@@ -68,7 +78,7 @@ def plan_length(request: Request, entry: CatalogEntry, notes: list[Note]) -> tup
         frames = nearest_frames(request.seconds * fps + 1)[0]
         notes.append(Note(about="frames", text=f"{request.seconds:g} s at {fps:g} fps is {frames} frames (4n+1)"))
     else:
-        frames = request.frames or entry.frames
+        frames = request.frames or length_of_inputs(request, entry, facts, fps, notes)
     if (frames - 1) % 4:
         near = nearest_frames(frames)
         raise RequestError(
@@ -88,35 +98,6 @@ def plan_length(request: Request, entry: CatalogEntry, notes: list[Note]) -> tup
             nearest=5,
         )
     return frames, fps
-
-
-def plan_images(
-    request: Request, entry: CatalogEntry, facts: Facts, size: tuple[int, int], notes: list[Note]
-) -> tuple[ImagePlan, ...]:
-    plans = []
-    for role in ("first", "last"):
-        for media in facts.media.get(role, ()):
-            derived = role == "first" and entry.by_area and (request.size is None or request.size in AREAS)
-            overwrite = entry.first_frame == "overwrite"
-            crop = overwrite or not derived
-            if crop and abs(media.width * size[1] - media.height * size[0]) > media.width * 16:
-                shape = f"{media.path.name} ({media.width}x{media.height})"
-                notes.append(Note(about=role, text=f"{shape} is cropped at its centre to {size[0]}x{size[1]}"))
-            if media.frames > 1:
-                notes.append(Note(about=role, text=f"{media.path.name} has {media.frames} frames; the first is taken"))
-            if media.has_alpha:
-                notes.append(Note(about=role, text=f"{media.path.name} has transparency, which is dropped"))
-            plans.append(
-                ImagePlan(
-                    role=role,
-                    path=media.path,
-                    width=size[0],
-                    height=size[1],
-                    crop=crop,
-                    filter="lanczos" if overwrite else "bicubic",
-                )
-            )
-    return tuple(plans)
 
 
 def plan_tile(request: Request, stride: int) -> int | None:

@@ -1,0 +1,251 @@
+"""Input images, videos and camera paths become what the DiT is told: channels, clean frames, adapter inputs.
+
+What is read, and how it is fitted, is in the Plan. What a model does with a mask, a control or a reference is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from kinema.errors import RequestError
+from kinema.media.camera import camera_poses, pack_frames, plucker
+from kinema.media.frames import crop_to, fit_inside, pack_mask, resize, to_video_range, unshuffle_mask
+from kinema.media.image import read_image
+from kinema.media.reader import read_video
+from kinema.models.encoders import ClipVision
+from kinema.models.wan_vae import WanVAE
+from kinema.schema import ImagePlan, ModelRef, Plan, VideoPlan
+from kinema.tensors import CameraConditions, Conditions, ReferenceConditions, VaceConditions
+
+WHITE, GREY = 1.0, 0.0
+
+
+@torch.inference_mode()
+def media_conditions(plan: Plan, load: Callable[[ModelRef], nn.Module]) -> Conditions:
+    """Return the conditions of a plan's images, videos and camera, without texts.
+
+    load  recipe -> loaded module; asked for the CLIP and VAE encoders, each only where something is encoded with it.
+    """
+    clip = None if plan.clip_vision is None else _clip_tokens(plan, plan.clip_vision, load)
+    adapters = next(iter(plan.experts.values())).config
+    encode = Encoder(plan, load)
+    canvas = Canvas.of(plan) if adapters.get("vace") or plan.concat else None
+    concat, clean = _channels(plan, canvas, encode)
+    return Conditions(
+        (),
+        clip,
+        concat,
+        clean,
+        vace=_vace(plan, cast(Canvas, canvas), encode) if adapters.get("vace") else None,
+        camera=camera_path(plan) if adapters.get("camera") else None,
+        reference=_reference(plan, encode) if adapters.get("reference") else None,
+    )
+
+
+class Encoder:
+    """The VAE as the plan uses it: encode(video_CTHW) -> latents_BCFhw of one entry. Loaded when first called."""
+
+    def __init__(self, plan: Plan, load: Callable[[ModelRef], nn.Module]) -> None:
+        self.plan, self.load = plan, load
+
+    def __call__(self, video_CTHW: Tensor) -> Tensor:
+        vae = cast(WanVAE, self.load(self.plan.vae))
+        return vae.encode(video_CTHW[None], chunk=self.plan.chunk, tile=self.plan.tile)
+
+
+# --- read ----------------------------------------------------------------------------------------
+
+
+def read_planned(image: ImagePlan) -> Tensor:
+    """Return image_CHW float32 in [-1, 1] at the size the plan gives it."""
+    pixels_CHW = to_video_range(read_image(image.path)[0])
+    if image.pad:
+        return fit_inside(pixels_CHW, image.width, image.height, image.filter, WHITE)[0]
+    fit = crop_to if image.crop else resize
+    return fit(pixels_CHW, image.width, image.height, image.filter)
+
+
+def read_frames(video: VideoPlan) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield (frame_CHW float32 in [-1, 1], bars_HW or None) of each planned frame, at the planned size.
+
+    Raises RequestError where the video ends before the plan says.
+    """
+    count = 0
+    for pixels_HWC in read_video(video.path, fps=video.fps, frames=video.frames):
+        frame_CHW, count = to_video_range(pixels_HWC), count + 1
+        if video.fit == "whole":
+            yield fit_inside(frame_CHW, video.width, video.height, "lanczos", GREY)
+        else:
+            yield crop_to(frame_CHW, video.width, video.height, "lanczos"), None
+    if count < video.frames:
+        raise RequestError(
+            f"{video.role} {video.path} ends after {count} frames at {video.fps:g} fps, not the {video.frames} planned",
+            f"pass --frames {max(1, (count - 1) // 4 * 4 + 1)}",
+            field=video.role,
+            got=count,
+            allowed=video.frames,
+        )
+
+
+# --- what is known of the result -----------------------------------------------------------------
+
+
+class Canvas:
+    """The result so far as it is given: known pixels, and where they are to be made.
+
+    known_CTHW  in [-1, 1], 0 (grey) where unknown.
+    mask_1THW   1 where it is to be made, 0 where it is known.
+    """
+
+    def __init__(self, frames: int, height: int, width: int) -> None:
+        self.known_CTHW = torch.zeros(3, frames, height, width)
+        self.mask_1THW = torch.ones(1, frames, height, width)
+
+    @classmethod
+    def of(cls, plan: Plan) -> Canvas:
+        """Lay the plan's source video down, then first and last image; of VACE, a masked control may be the source."""
+        canvas = cls(plan.frames, plan.height, plan.width)
+        videos = {video.role: video for video in plan.videos}
+        source = videos.get("video") or (videos.get("control") if "mask" in videos else None)
+        if source is not None:
+            masks = _mask_frames(videos["mask"], source.frames) if "mask" in videos else None
+            for index, (frame_CHW, bars_HW) in enumerate(read_frames(source)):
+                canvas.put(index, frame_CHW, next(masks) if masks else None)
+                if bars_HW is not None:
+                    canvas.mask_1THW[:, index, bars_HW] = 1
+        for image in plan.images:
+            if image.role in ("first", "last"):
+                canvas.put(0 if image.role == "first" else -1, read_planned(image), None)
+        canvas.known_CTHW *= 1 - canvas.mask_1THW
+        return canvas
+
+    def put(self, index: int, frame_CHW: Tensor, mask_HW: Tensor | None) -> None:
+        self.known_CTHW[:, index] = frame_CHW
+        self.mask_1THW[:, index] = 0 if mask_HW is None else mask_HW
+
+    @property
+    def empty(self) -> bool:
+        return bool(self.mask_1THW.all())
+
+
+def _mask_frames(mask: VideoPlan, count: int) -> Iterator[Tensor]:
+    """Yield mask_HW, 1 where it is white; a still one for every frame."""
+    for frame_CHW, bars_HW in read_frames(mask):
+        white_HW = (frame_CHW.mean(0) > GREY).float()
+        if bars_HW is not None:
+            white_HW[bars_HW] = 1
+        yield from [white_HW] * (count if mask.still else 1)
+
+
+# --- channels after the noise --------------------------------------------------------------------
+
+
+def _channels(plan: Plan, canvas: Canvas | None, encode: Encoder) -> tuple[Tensor | None, Tensor | None]:
+    """Return (concat_BCFhw, clean_BCFhw), None for what this model does not take."""
+    overwrite = plan.first_frame == "overwrite"
+    if canvas is None or not plan.concat:
+        first = next((image for image in plan.images if image.role == "first"), None)
+        return None, encode(read_planned(first)[:, None]) if overwrite and first else None
+    channels, frames, h, w = plan.latent
+    nothing = torch.zeros(1, channels, frames - plan.reference_frames, h, w)
+    parts: dict[str, Tensor] = dict.fromkeys(plan.concat, nothing)
+    if "control" in parts:
+        parts["control"] = _control_latents(plan, encode, nothing)
+    if "start" in parts and not canvas.mask_1THW[:, 0].any():
+        first_BCFhw = encode(canvas.known_CTHW[:, :1])
+        parts["start"] = torch.cat([first_BCFhw, nothing[:, :, 1:].to(first_BCFhw)], dim=2)
+    if "masked" in parts:
+        # Not the code of a grey video: with nothing known the models were trained on zeros.
+        parts["masked"] = nothing if canvas.empty else encode(canvas.known_CTHW)
+        parts["mask"] = pack_mask(1 - canvas.mask_1THW if not canvas.empty else 0 * canvas.mask_1THW, h, w)[None]
+    clean = parts["masked"][:, :, :1] if overwrite else None
+    device = max((part.device for part in parts.values()), key=lambda device: device.type != "cpu")
+    return torch.cat([parts[name].to(device) for name in plan.concat], dim=1), clean
+
+
+def _control_latents(plan: Plan, encode: Encoder, nothing: Tensor) -> Tensor:
+    video = next((video for video in plan.videos if video.role == "control"), None)
+    if video is None:
+        return nothing
+    return encode(torch.stack([frame_CHW for frame_CHW, _ in read_frames(video)], dim=1))
+
+
+def image_channels(
+    vae: WanVAE, images: Mapping[str, Tensor], frames: int, chunk: int = 1, tile: int | None = None
+) -> Tensor:
+    """Return mask4 + image channels, [1, 4 + z, F, h, w]: 1 where a frame is given, and the latents of the
+    given frames among grey ones.
+
+    images  image_CHW in [-1, 1] by role: "first" for frame 0, "last" for the last of `frames`.
+    Source: Wan-Video/Wan2.2 wan/image2video.py; Wan-Video/Wan2.1 wan/first_last_frame2video.py (Apache-2.0).
+    """
+    canvas = Canvas(frames, *next(iter(images.values())).shape[1:])
+    for role, image_CHW in images.items():
+        canvas.put(0 if role == "first" else -1, image_CHW, None)
+    latents_BCFhw = vae.encode(canvas.known_CTHW[None], chunk=chunk, tile=tile)
+    mask_CFhw = pack_mask(1 - canvas.mask_1THW, *latents_BCFhw.shape[3:]).to(latents_BCFhw)
+    return torch.cat([mask_CFhw[None], latents_BCFhw], dim=1)
+
+
+# --- adapters ------------------------------------------------------------------------------------
+
+
+def _vace(plan: Plan, canvas: Canvas, encode: Encoder) -> VaceConditions:
+    """What is kept, what guides, and where: 96 channels, references in front.
+
+    Source: Wan-Video/Wan2.1 wan/vace.py (Apache-2.0). Where both a video and a control are given, the video is what is
+    outside of the mask and the control what is inside.
+    """
+    guide_CTHW = torch.zeros_like(canvas.known_CTHW)
+    for video in plan.videos:
+        if video.role == "control":
+            for index, (frame_CHW, _) in enumerate(read_frames(video)):
+                guide_CTHW[:, index] = frame_CHW
+    inactive_BCFhw, reactive_BCFhw = encode(canvas.known_CTHW), encode(guide_CTHW * canvas.mask_1THW)
+    stride = plan.width // plan.latent[3]
+    mask_BCFhw = unshuffle_mask(canvas.mask_1THW, stride)[None].to(inactive_BCFhw)
+    context_BCFhw = torch.cat([inactive_BCFhw, reactive_BCFhw, mask_BCFhw], dim=1)
+    references = [encode(read_planned(image)[:, None]) for image in plan.images if image.role == "reference"]
+    rest = context_BCFhw.shape[1] - plan.latent[0]
+    padded = [torch.nn.functional.pad(latent, (0, 0, 0, 0, 0, 0, 0, rest)) for latent in references]
+    return VaceConditions(torch.cat([*padded, context_BCFhw], dim=2), plan.control_scale)
+
+
+def _reference(plan: Plan, encode: Encoder) -> ReferenceConditions:
+    """The latent of the reference image; zeros without one, as such models were trained."""
+    for image in plan.images:
+        if image.role == "reference":
+            return ReferenceConditions(encode(read_planned(image)[:, None])[:, :, 0])
+    channels, _, h, w = plan.latent
+    return ReferenceConditions(torch.zeros(1, channels, h, w))
+
+
+def camera_path(plan: Plan) -> CameraConditions | None:
+    """The Pluecker embedding of the planned camera, made four frames at a time."""
+    if plan.camera is None:
+        return None
+    poses = camera_poses(plan.camera)
+    parts = []
+    for start, stop in [(0, 1), *((first, first + 4) for first in range(1, plan.frames, 4))]:
+        rays_FHWC = plucker(poses[start:stop], plan.width, plan.height, poses)
+        parts.append(pack_frames(rays_FHWC) if start == 0 else _four(rays_FHWC))
+    return CameraConditions(torch.cat(parts, dim=1)[None])
+
+
+def _four(rays_FHWC: Tensor) -> Tensor:
+    """One latent frame of four pixel frames, as `pack_frames` packs all but the first."""
+    return rays_FHWC.permute(3, 0, 1, 2).reshape(-1, 1, *rays_FHWC.shape[1:3])
+
+
+def _clip_tokens(plan: Plan, ref: ModelRef, load: Callable[[ModelRef], nn.Module]) -> Tensor:
+    """CLIP tokens [1, 257 or 514, 1280] of the images that are seen, at their own resolution; zeros without any."""
+    seen = [image for image in plan.images if image.clip]
+    if not seen:
+        tokens = (ref.config["image_size"] // ref.config["patch_size"]) ** 2 + 1
+        return torch.zeros(1, tokens, ref.config["dim"])
+    clip = cast(ClipVision, load(ref))
+    return torch.cat([clip.encode(to_video_range(read_image(image.path)[0])[None]) for image in seen], dim=1)

@@ -1,0 +1,295 @@
+"""How input images and videos are brought to the video's size, rate and length: what is decided, noted, refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from kinema.errors import CheckpointError, RequestError
+from kinema.planning.geometry import LATENT_CHANNELS
+from kinema.schema import AREAS, CatalogEntry, Facts, ImagePlan, MediaFacts, Note, Plan, Request, VideoPlan
+
+VIDEO_ROLES = ("video", "control", "mask")
+Channels = tuple[Literal["control", "mask", "masked", "start"], ...]
+
+
+def plan_concat(entry: CatalogEntry, facts: Facts) -> Channels:
+    """Return what the channels after the noise are: the DiT's number of them leaves one layout each.
+
+    Source: Wan-Video/Wan2.2 wan/image2video.py; aigc-apps/VideoX-Fun videox_fun/pipeline (Apache-2.0).
+    """
+    if makes_its_own(entry):
+        return ()
+    file, z = facts.files["dit"], LATENT_CHANNELS[entry.vae]
+    layouts: dict[int, Channels] = {
+        0: (),
+        z: ("start",),
+        4 + z: ("mask", "masked"),
+        2 * z: ("control", "start"),
+        2 * z + 4: ("control", "mask", "masked"),
+    }
+    more = file.config["in_channels"] - z
+    if more not in layouts:
+        raise CheckpointError(
+            f"{file.path} takes {more} channels besides the {z} of the noise; known are {list(layouts)}",
+            "it is a model that is not known yet",
+            path=str(file.path),
+            found=more,
+            allowed=list(layouts),
+        )
+    return layouts[more]
+
+
+def makes_its_own(entry: CatalogEntry) -> bool:
+    """Whether a model brings its inputs to size and length itself: it goes clip by clip, or makes images."""
+    return bool(entry.family != "wan" or entry.structure.get("speech") or entry.structure.get("animate"))
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def plan_images(
+    request: Request, entry: CatalogEntry, facts: Facts, size: tuple[int, int], notes: list[Note]
+) -> tuple[ImagePlan, ...]:
+    plans = []
+    for role in ("first", "last"):
+        for media in facts.media.get(role, ()):
+            derived = role == "first" and entry.by_area and (request.size is None or request.size in AREAS)
+            overwrite = entry.first_frame == "overwrite"
+            _note_picture(role, media, size, overwrite or not derived, notes)
+            plans.append(
+                ImagePlan(
+                    role=role,
+                    path=media.path,
+                    width=size[0],
+                    height=size[1],
+                    crop=overwrite or not derived,
+                    filter="lanczos" if overwrite else "bicubic",
+                )
+            )
+    if not makes_its_own(entry):
+        plans += [_reference(entry, media, size, notes) for media in facts.media.get("reference", ())]
+    seen = _seen_by_clip(entry, [plan.role for plan in plans])
+    return tuple(plan.model_copy(update={"clip": plan.role in seen}) for plan in plans)
+
+
+def _seen_by_clip(entry: CatalogEntry, roles: Sequence[str]) -> Sequence[str]:
+    """Roles of the images whose CLIP tokens are seen: both of a first-last-frame model; else of a reference, or first.
+
+    Source: Wan-Video/Wan2.1 wan; aigc-apps/VideoX-Fun examples/wan2.1_fun (Apache-2.0).
+    """
+    if not entry.structure.get("has_clip_tokens"):
+        return ()
+    if entry.structure.get("num_clip_positions"):
+        return ("first", "last")
+    return [role for role in ("reference", "first") if role in roles][:1]
+
+
+def _reference(entry: CatalogEntry, media: MediaFacts, size: tuple[int, int], notes: list[Note]) -> ImagePlan:
+    """VACE shows a reference whole on a white canvas of the video's size; Fun Control has it fill the frame."""
+    pad = bool(entry.structure.get("vace"))
+    _note_picture("reference", media, size, not pad, notes)
+    if pad and not _same_aspect(media, size):
+        notes.append(Note(about="reference", text=f"{media.path.name} is shown whole on white, {size[0]}x{size[1]}"))
+    return ImagePlan(
+        role="reference",
+        path=media.path,
+        width=size[0],
+        height=size[1],
+        crop=not pad,
+        pad=pad,
+        filter="bilinear" if pad else "lanczos",
+    )
+
+
+def _note_picture(role: str, media: MediaFacts, size: tuple[int, int], crop: bool, notes: list[Note]) -> None:
+    if crop and not _same_aspect(media, size):
+        shape = f"{media.path.name} ({media.width}x{media.height})"
+        notes.append(Note(about=role, text=f"{shape} is cropped at its centre to {size[0]}x{size[1]}"))
+    if media.frames > 1:
+        notes.append(Note(about=role, text=f"{media.path.name} has {media.frames} frames; the first is taken"))
+    if media.has_alpha:
+        notes.append(Note(about=role, text=f"{media.path.name} has transparency, which is dropped"))
+
+
+def _same_aspect(media: MediaFacts, size: tuple[int, int]) -> bool:
+    """Whether the picture fits the size but for a column or row of tokens."""
+    return abs(media.width * size[1] - media.height * size[0]) <= media.width * 16
+
+
+# --- videos --------------------------------------------------------------------------------------
+
+
+def length_of_inputs(request: Request, entry: CatalogEntry, facts: Facts, fps: float, notes: list[Note]) -> int:
+    """Return the model's length, or that of the video whose frames decide those of the result, if it is shorter."""
+    role = "control" if request.control else "video" if request.mask or request.outpaint else None
+    if role is None or makes_its_own(entry):
+        return entry.frames
+    media = facts.media[role][0]
+    whole = (shown_frames(media, fps) - 1) // 4 * 4 + 1
+    if media.frames == 1 or whole >= entry.frames:
+        return entry.frames
+    notes.append(
+        Note(about="frames", text=f"{whole}: as long as {media.path.name} at {fps:g} fps, a multiple of 4 and 1")
+    )
+    return whole
+
+
+def shown_frames(media: MediaFacts, fps: float) -> int:
+    """Return how many frames a video surely has when it is read at `fps`; a folder of images has each once.
+
+    The reader lets a picture begin up to a quarter of its length early, so that many frames fewer.
+    """
+    if not media.fps or not media.seconds:
+        return media.frames
+    return max(1, math.ceil(media.seconds * fps - max(1.0, fps / media.fps) / 4 - 1e-6))
+
+
+def plan_videos(
+    request: Request,
+    entry: CatalogEntry,
+    facts: Facts,
+    size: tuple[int, int],
+    frames: int,
+    fps: float,
+    notes: list[Note],
+) -> tuple[VideoPlan, ...]:
+    """Return the videos as they are read.
+
+    Raises RequestError for a control or mask that ends too early, a mask of another shape, and nothing left to make.
+    """
+    if makes_its_own(entry):
+        return ()
+    plans = {}
+    for role in VIDEO_ROLES:
+        for media in facts.media.get(role, ()):
+            fit: Literal["crop", "whole"] = "whole" if request.outpaint and role != "control" else "crop"
+            plans[role] = _video(role, media, size, frames, fps, fit, notes)
+    if "mask" in plans:
+        base = "video" if "video" in plans else "control"
+        _check_mask(plans["mask"], plans[base], facts.media["mask"][0], facts.media[base][0])
+    if "control" in plans and plans["control"].frames < frames:
+        _short_control(entry, plans["control"], frames, notes)
+    if "video" in plans:
+        _check_room(request, plans["video"], facts.media["video"][0], size, frames, notes)
+    return tuple(plans.values())
+
+
+def _video(
+    role: str,
+    media: MediaFacts,
+    size: tuple[int, int],
+    frames: int,
+    fps: float,
+    fit: Literal["crop", "whole"],
+    notes: list[Note],
+) -> VideoPlan:
+    name, still = media.path.name, media.frames == 1
+    if not media.width:
+        raise RequestError(
+            f"{role} {media.path} has sound but no picture", "pass a video", field=role, got=str(media.path)
+        )
+    shown = shown_frames(media, fps)
+    if shown > frames:
+        notes.append(
+            Note(about=role, text=f"of the {shown} frames of {name} at {fps:g} fps the first {frames} are used")
+        )
+    if media.fps and not still and abs(media.fps - fps) > 0.01:
+        rate = f"{media.fps:.3g} fps, varying" if media.variable_rate else f"{media.fps:.4g} fps"
+        notes.append(Note(about=role, text=f"{name} ({rate}) is read at {fps:g} fps"))
+    if role != "mask" and not _same_aspect(media, size):
+        done = "cropped at its centre to" if fit == "crop" else "shown whole inside"
+        notes.append(Note(about=role, text=f"{name} ({media.width}x{media.height}) is {done} {size[0]}x{size[1]}"))
+    if media.has_alpha:
+        notes.append(Note(about=role, text=f"{name} has transparency, which is shown as black"))
+    return VideoPlan(
+        role=role,
+        path=media.path,
+        fps=fps,
+        frames=min(shown, frames),
+        still=still,
+        width=size[0],
+        height=size[1],
+        fit=fit,
+    )
+
+
+def _check_mask(mask: VideoPlan, base: VideoPlan, mask_facts: MediaFacts, facts: MediaFacts) -> None:
+    """Raise unless the mask covers the video it masks, in time and in space."""
+    if abs(mask_facts.width * facts.height - mask_facts.height * facts.width) > 0.02 * mask_facts.width * facts.height:
+        raise RequestError(
+            f"mask {mask.path} is {mask_facts.width}x{mask_facts.height}, of another shape than {base.path}, "
+            f"{facts.width}x{facts.height}",
+            f"make it {facts.width}x{facts.height}, or of that aspect",
+            field="mask",
+            got=f"{mask_facts.width}x{mask_facts.height}",
+            allowed=f"{facts.width}x{facts.height}",
+        )
+    if not mask.still and mask.frames < base.frames:
+        raise RequestError(
+            f"mask {mask.path} has {mask.frames} frames at {mask.fps:g} fps; {base.path} has {base.frames}",
+            f"give a mask as long, one image for all frames, or pass --frames {(mask.frames - 1) // 4 * 4 + 1}",
+            field="mask",
+            got=mask.frames,
+            allowed=base.frames,
+        )
+
+
+def _short_control(entry: CatalogEntry, control: VideoPlan, frames: int, notes: list[Note]) -> None:
+    if entry.structure.get("vace"):
+        text = f"{control.path.name} ends with frame {control.frames} of {frames}; what follows is not controlled"
+        notes.append(Note(about="control", text=text))
+        return
+    near = (control.frames - 1) // 4 * 4 + 1
+    raise RequestError(
+        f"control {control.path} has {control.frames} frames at {control.fps:g} fps; the video has {frames}",
+        f"pass --frames {near}, or a longer control video",
+        field="control",
+        got=control.frames,
+        allowed=frames,
+        nearest=near,
+    )
+
+
+def _check_room(
+    request: Request, video: VideoPlan, media: MediaFacts, size: tuple[int, int], frames: int, notes: list[Note]
+) -> None:
+    """Raise where a video would be kept whole and leave nothing to make; note what follows on its end."""
+    bars = request.outpaint and not _same_aspect(media, size)
+    if video.frames < frames:
+        text = f"frames {video.frames + 1} to {frames} follow on {video.path.name} and are made"
+        notes.append(Note(about="video", text=text))
+    elif not (request.mask or bars):
+        raise RequestError(
+            f"video {video.path} fills all {frames} frames of {size[0]}x{size[1]}: nothing is left to make",
+            f"pass --mask, --outpaint with another --size, or more frames, --frames {video.frames // 4 * 4 + 5}",
+            field="video",
+            got=str(video.path),
+        )
+
+
+# --- what is encoded -------------------------------------------------------------------------------
+
+
+def encodes(plan: Plan) -> bool:
+    """Whether images or videos are encoded before sampling. VACE encodes empty ones where none are given."""
+    return bool(plan.images or plan.videos or _has(plan, "vace"))
+
+
+def encoded_latent_frames(plan: Plan) -> int:
+    """How many latent frames of inputs the VAE encodes."""
+    if plan.flux is not None:
+        return len(plan.images)
+    roles = {image.role for image in plan.images} | {video.role for video in plan.videos}
+    frames = plan.latent[1] - plan.reference_frames
+    known = bool(roles & {"first", "last", "video"})
+    count = 2 * frames + plan.reference_frames if _has(plan, "vace") else 0
+    count += frames * (("control" in plan.concat and "control" in roles) + ("masked" in plan.concat and known))
+    count += "start" in plan.concat and "first" in roles
+    count += plan.first_frame == "overwrite" and "masked" not in plan.concat
+    return count + (_has(plan, "reference") and "reference" in roles)
+
+
+def _has(plan: Plan, adapter: str) -> bool:
+    return any(ref.config.get(adapter) for ref in plan.experts.values())
