@@ -142,6 +142,7 @@ class LoraMatch(Frozen):
 class LoraFacts(Frozen):
     """What one LoRA says of itself, from its header alone, and how it fits the model of each role.
 
+    parameters  numbers in its tensors.
     total    changes it makes, and tensors that are part of none.
     known    its name in the catalog of published LoRAs, None for others.
     """
@@ -149,6 +150,7 @@ class LoraFacts(Frozen):
     path: Path
     files: tuple[Path, ...]
     bytes: int
+    parameters: int = 0
     dialect: str
     family: Literal["wan", "flux"]
     algorithms: dict[str, int]

@@ -40,7 +40,7 @@ class Worn:
 
 def without_branches(ref: ModelRef) -> ModelRef:
     """Return the recipe of what is loaded: LoRAs beside the weights are put there afterwards."""
-    return ref.model_copy(update={"loras": ()}) if ref.lora_mode == "branch" and ref.loras else ref
+    return ref.model_copy(update={"loras": (), "lora_bytes": 0}) if ref.lora_mode == "branch" and ref.loras else ref
 
 
 class Residents:

@@ -439,6 +439,7 @@ class ModelRef(Frozen):
     quantisation  how its large matrices are held: in words as the file has them, or a Quantise they are rounded to
                   when loaded; "" holds them plain, in `dtype`.
     fp8_matmul    multiply fp8 matrices as they are, activations rounded to fp8 row by row.
+    loras            those it has, in order; lora_bytes is their memory where they are held beside the weights.
     stored           dtype of most of the file.
     blocks, float32_parameters   as in FileFacts.
     resident_blocks  how many blocks stay on the device, the others being streamed; None: the model is there as a whole.
@@ -462,6 +463,7 @@ class ModelRef(Frozen):
     tokenizer: Path | None = None
     loras: tuple[LoraRef, ...] = ()
     lora_mode: Literal["branch", "fuse"] = "branch"
+    lora_bytes: int = 0
     stored: str = ""
     blocks: tuple[int, ...] = ()
     float32_parameters: int = 0

@@ -186,3 +186,16 @@ def test_names_in_the_loras_folder_and_missing_ones(engine: Engine, tiny_world: 
     with pytest.raises(CatalogError, match="no such file") as caught:
         engine.plan(Request(model="tiny-t2v", prompt="a cat", lora="lost.safetensors:O.5"))
     assert "STRENGTH" in caught.value.hint
+
+
+@pytest.mark.parametrize("swapped", [1, 2])
+def test_streamed_blocks_carry_their_loras(swapped: int, make, loras: dict[str, Path], tmp_path: Path) -> None:
+    """Blocks that pass through two slots of memory, with and without LoRA, swapped: the resident ones' latents."""
+    diffs = write(tmp_path / "d.safetensors", {"diffusion_model.blocks.1.diff_m": random("m", 1, 6, 128),
+                                               "diffusion_model.blocks.0.norm3.diff": random("n", 128)})  # fmt: skip
+    cases = ((), (f"{loras['kohya']}:0.7",), (str(diffs), f"{loras['peft']},steps=2"), ())
+    for case in cases:
+        resident, _ = make(lora=list(case))
+        streamed, result = make(lora=list(case), blocks_to_swap=swapped)
+        assert torch.equal(streamed, resident), case
+        assert result.plan.experts["model"].resident_blocks == 2 - swapped

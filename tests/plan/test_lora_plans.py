@@ -21,15 +21,20 @@ STYLE = "/loras/style.safetensors"
 HIGH = "/loras/wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors"
 LOW = HIGH.replace("high", "low")
 I2V_HIGH = "/loras/wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors"
+I14 = "wan2.1-i2v-14b-480p"
+I2V_64 = "/loras/lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16.safetensors"
 LIGHTX2V = "/loras/lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors"
 
 
-def facts(path: Path, unmatched: tuple[Unmatched, ...] = (), targets: tuple[str, ...] = TARGETS) -> LoraFacts:
+def facts(
+    path: Path, unmatched: tuple[Unmatched, ...] = (), targets: tuple[str, ...] = TARGETS, parameters: int = 0
+) -> LoraFacts:
     name = path.name.casefold()
     says = "high" if "high_noise" in name else "low" if "low_noise" in name else None
     fits = LoraMatch(targets=targets, unmatched=unmatched)
     return LoraFacts(
-        path=path, files=(path,), bytes=1_000_000, dialect="comfyui", family="wan", algorithms={"lora": len(targets)},
+        path=path, files=(path,), bytes=1_000_000, parameters=parameters,
+        dialect="comfyui", family="wan", algorithms={"lora": len(targets)},
         ranks=(64,), name_suggests=says, total=len(targets) + len(unmatched), matches={"dit": fits, "dit_high": fits},
         known=known_lora(path, KNOWN),
     )  # fmt: skip
@@ -218,3 +223,31 @@ def test_official_pairs_are_not_refused_and_others_are_told() -> None:
     )
     told = planned(I2V, HIGH, LOW)
     assert f"known to serve {A14B}" in notes(told) and told.preset == "lightning-t2v-a14b"
+
+
+@pytest.mark.parametrize(
+    ("model", "lora", "like"), [("wan2.2-s2v-14b", HIGH, T14), ("wan2.2-animate-14b", I2V_64, I14)]
+)
+def test_official_pairs_on_models_with_one_expert(
+    model: str, lora: str, like: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The high-noise half serves S2V, the low-noise one does not; the 2.1 image LoRA serves Animate."""
+    from plan import world
+
+    monkeypatch.setitem(world.CATALOG, model, world.CATALOG[like].model_copy(update={"name": model}))
+    images = {"first": image(1600, 900)} if like == I14 else None
+    found = {"loras": (facts(Path(lora)),), "known_loras": KNOWN}
+    made = plan(model, images, found, lora=(LoraRef(path=Path(lora)),))
+    assert made.preset and len(made.steps) == 4 and "known to serve" not in notes(made)
+    if lora == HIGH:
+        with pytest.raises(RequestError, match="low-noise half"):
+            plan(model, images, {**found, "loras": (facts(Path(LOW)),)}, lora=(LoraRef(path=Path(LOW)),))
+
+
+def test_memory_counts_what_lies_beside_the_weights() -> None:
+    plain, beside = plan(T14), planned(T14, STYLE, found={"parameters": 600_000_000})
+    fused = planned(T14, STYLE, found={"parameters": 600_000_000}, lora_mode="fuse")
+    peaks = {name: {c.stage: c.peak_bytes for c in made.costs}["sample"]
+             for name, made in {"plain": plain, "beside": beside, "fused": fused}.items()}  # fmt: skip
+    assert beside.experts["model"].lora_bytes == 1_200_000_000
+    assert 1.1e9 < peaks["beside"] - peaks["plain"] < 1.3e9 and peaks["fused"] == peaks["plain"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from kinema.errors import RequestError
@@ -38,6 +39,7 @@ class Loras:
     reports: tuple[LoraPlan, ...]
     preset: CatalogLora | None
     distilled: dict[Expert, str]
+    parameters: dict[Path, int]
 
 
 def plan_loras(request: Request, entry: CatalogEntry, facts: Facts, notes: list[Note]) -> Loras:
@@ -67,7 +69,9 @@ def plan_loras(request: Request, entry: CatalogEntry, facts: Facts, notes: list[
     if request.lora_mode == "fuse" and any(ref.steps for ref in request.lora):
         raise RequestError("a LoRA that is fused into the weights acts at every step; steps=... cannot be kept",
                            "pass --lora-mode branch", field="lora_mode", got="fuse")  # fmt: skip
-    return Loras({expert: tuple(found) for expert, found in refs.items()}, tuple(reports), preset, distilled)
+    held = {expert: tuple(found) for expert, found in refs.items()}
+    parameters = {found.files[0]: found.parameters for found in facts.loras}
+    return Loras(held, tuple(reports), preset, distilled, parameters)
 
 
 def with_preset(entry: CatalogEntry, preset: CatalogLora | None) -> CatalogEntry:
@@ -95,10 +99,13 @@ def with_loras(experts: Mapping[Expert, ModelRef], loras: Loras, request: Reques
             field="lora_mode",
             got="fuse",
         )
-    return {
-        expert: ref.model_copy(update={"loras": loras.refs[expert], "lora_mode": mode}) if loras.refs[expert] else ref
-        for expert, ref in experts.items()
-    }
+    return {expert: _held(ref, loras, expert, mode) if loras.refs[expert] else ref for expert, ref in experts.items()}
+
+
+def _held(ref: ModelRef, loras: Loras, expert: Expert, mode: str) -> ModelRef:
+    numbers = sum(loras.parameters[lora.path] for lora in loras.refs[expert]) if mode == "branch" else 0
+    held = numbers * (4 if ref.dtype == "float32" else 2)
+    return ref.model_copy(update={"loras": loras.refs[expert], "lora_mode": mode, "lora_bytes": held})
 
 
 def step_strengths(

@@ -55,12 +55,13 @@ def held_bytes(ref: ModelRef) -> int:
     if mapped:
         edges = float32 * (0 if ref.stored == "float32" else 4)
     if ref.resident_blocks is None:
-        return round(edges + (0 if mapped else sum(blocks) * each))
+        return round(edges + (0 if mapped else sum(blocks) * each) + ref.lora_bytes)
     if ref.component == "text_encoder":
         edges = 0  # its table stays on the host, as its file stores it
     staying = 0 if mapped else ref.resident_blocks * sum(blocks) / max(len(blocks), 1)
     slots = min(2, len(blocks) - ref.resident_blocks) and 2
-    return round(edges + staying * each + slots * max(blocks, default=0) * each)
+    there = (ref.resident_blocks + slots) / max(len(blocks), 1)
+    return round(edges + staying * each + slots * max(blocks, default=0) * each + there * ref.lora_bytes)
 
 
 def ring_bytes(ref: ModelRef) -> int:

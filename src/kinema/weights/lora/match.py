@@ -44,6 +44,7 @@ def lora_facts(lora: LoraFile, roles: Mapping[str, Mapping[str, Sequence[int]]])
         path=lora.file.path,
         files=lora.file.files,
         bytes=lora.file.bytes,
+        parameters=sum(math.prod(lora.file.shape(name)) for name in lora.file),
         dialect=lora.dialect,
         family=lora.family,
         algorithms=lora.algorithms,
