@@ -24,6 +24,7 @@ VERBS = frozenset(
         "lora convert",
         "lora merge",
         "lora extract",
+        "resume",
     }
 )
 

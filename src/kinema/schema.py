@@ -137,6 +137,15 @@ class Request(Frozen):
     )
     one_frame: str | None = _field("media", "One-frame inference, for example target_index=1,control_index=0.")
 
+    start_from_reference: bool = _field(
+        "speech", "Go on from the reference image, as if it had been shown before.", False
+    )
+    clips: int | None = _field("speech", "How many clips to make. Default: until the sound ends.", ge=1)
+    speech_text: str | None = _field("speech", "Text to be spoken, instead of a sound file.")
+    speech_url: str | None = _field("speech", "Service that speaks it: any with OpenAI's /v1/audio/speech.")
+    speech_voice: str | None = _field("speech", "Its voice. Default: alloy.")
+    speech_model: str | None = _field("speech", "Its model. Default: tts-1.")
+
     size: SizeText = _field("shape", "WIDTHxHEIGHT in pixels, or 480p or 720p: that area at the image's aspect.")
     frames: int | None = _field("shape", "Frames, 4n+1; 1 makes an image.", ge=1)
     seconds: float | None = _field("shape", "Length in seconds, instead of frames.", gt=0)
@@ -216,6 +225,7 @@ class Settings(Frozen):
     hub_caches        caches of huggingface_hub, searched last.
     store             root that files are pulled to; None: the first of `models`.
     catalogs          extra catalog TOML files.
+    speech_key        what a speech service asks for; sent to `speech_url`, and nowhere else.
     cache             folder of the hash cache and this machine's calibration; None keeps neither.
     """
 
@@ -227,6 +237,7 @@ class Settings(Frozen):
     catalogs: tuple[Path, ...] = ()
     cache: Path | None = None
     hub: Hub = Hub()
+    speech_key: SecretStr | None = None
 
 
 # --- what was found out before the plan --------------------------------------------------------
@@ -344,7 +355,7 @@ def calibration_key(stage: str, work: float) -> str:
 class Facts(Frozen):
     """Everything a plan depends on besides the request and the catalog.
 
-    files     by role: dit, dit_high, vae, text_encoder, clip_vision.
+    files     by role: dit, dit_high, vae, text_encoder, clip_vision, audio_encoder.
     loras     in the order of `Request.lora`; known_loras: the published ones, by name.
     media     by Request field, in order where a field takes several.
     notes     what was decided while looking: which of several installed files is used.
@@ -377,6 +388,8 @@ class CatalogEntry(Frozen):
     kontext      reference images become tokens beside those of the picture.
     redux        reference images become rows beside those of the text.
     shift_by_tokens  the shift grows with the size, as FLUX.1 was trained; then `shift` means nothing.
+    clip_frames  frames made at a time, of models that go on from their own frames clip by clip; history_frames: how
+                 many of those before a clip it sees.
     by_area      the input image's aspect, at the area of `size`, is the default size.
     shift_480p   shift at areas up to 832x480, where the official code has another one there.
     files        file names by role under a models folder, best first.
@@ -399,6 +412,8 @@ class CatalogEntry(Frozen):
     by_area: bool = False
     kontext: bool = False
     redux: bool = False
+    clip_frames: int | None = None
+    history_frames: int = 0
     frames: int = 81
     fps: float = 16
     steps: int = 50

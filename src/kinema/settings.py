@@ -35,6 +35,8 @@ PLACES = {
 """Settings that are no Request field: key of the configuration file -> (environment variable, flag, meaning)."""
 
 CONFIG_VARIABLE = "KINEMA_CONFIG"
+SPEECH_KEY_VARIABLE = "KINEMA_SPEECH_KEY"
+"""Of the service that speaks `speech_text`. No file and no flag: a key belongs in neither."""
 
 PROBES = tuple(
     map(
@@ -128,7 +130,7 @@ def configure(
             sources[name] = source if source != "environment" else f"environment {PLACES[name][0]}"
     if sources["models"] != "default":
         values["store"] = values["models"][0]
-    settings = Settings(**values | _hub_places(environment))
+    settings = Settings(**values | _hub_places(environment) | _speech_key(environment))
     _check_places(settings, sources)
     settings = settings.model_copy(update={"folders": _folders(settings, environment)})
     defaults, field_sources, notes = _defaults(environment, table, path)
@@ -256,6 +258,11 @@ def _hub_places(environment: Mapping[str, str]) -> dict[str, Any]:
     return {"hub": hub, "hub_caches": (Path(environment.get("HF_HUB_CACHE") or home / "hub").expanduser(),)}
 
 
+def _speech_key(environment: Mapping[str, str]) -> dict[str, Any]:
+    key = environment.get(SPEECH_KEY_VARIABLE)
+    return {"speech_key": SecretStr(key)} if key else {}
+
+
 def _folders(settings: Settings, environment: Mapping[str, str]) -> dict[str, tuple[Path, ...]]:
     """Return ComfyUI's directories where an extra_model_paths.yaml changes them; {} without one."""
     owners = [models_folder(root)[1] for root in settings.models]
@@ -304,7 +311,8 @@ def _defaults(
     make_request(from_environment, "environment KINEMA_*: ")
     sources = dict.fromkeys(from_file, f"configuration file {path}")
     sources |= {name: f"environment {variable(name)}" for name in from_environment}
-    known = {CONFIG_VARIABLE, *(key for key, _, _ in PLACES.values()), *map(variable, Request.model_fields)}
+    own = {CONFIG_VARIABLE, SPEECH_KEY_VARIABLE}
+    known = own | {*(key for key, _, _ in PLACES.values()), *map(variable, Request.model_fields)}
     notes = []
     for key in sorted(key for key in environment if key.startswith(PREFIX) and key not in known):
         near = nearest(key, known)

@@ -20,12 +20,15 @@ from kinema.catalog.loras import known_lora, load_loras
 from kinema.catalog.sources import fetched, parse_source
 from kinema.errors import CatalogError, RequestError
 from kinema.lora import LORA_SYNTAX, LoraFacts, LoraRef
+from kinema.media.audio import audio_facts
 from kinema.media.camera import pose_facts
 from kinema.media.image import read_image
+from kinema.media.speaking import speak
 from kinema.media.video import probe
 from kinema.models.tokenizer import Tokenizer
 from kinema.planning import MEDIA_FIELDS, check_media, output_folder
 from kinema.planning.camera import is_pose_file
+from kinema.planning.speech import check_speech
 from kinema.provision import activation_bytes, provide
 from kinema.runtime.machine import probe_machine
 from kinema.schema import CatalogEntry, Component, Facts, FileFacts, Machine, MediaFacts, Note, Request, Settings
@@ -45,6 +48,7 @@ COMPONENTS: dict[str, tuple[Component, ...]] = {
     "clip_vision": ("clip_vision", "siglip"),
     "clip_text": ("clip_text",),
     "redux": ("redux",),
+    "audio_encoder": ("audio_encoder",),
 }
 """The kinds of model each role asks for, Wan's first."""
 
@@ -103,7 +107,8 @@ def survey(
         media={
             field: tuple(promised.get(path) or _media(field, path, entry) for path in _given(request, field))
             for field in MEDIA_FIELDS
-        },
+        }
+        | _spoken(request, entry, settings),
         machine=machine,
         notes=notes,
         cut=_cut(request, entry, _load_tokenizer(files["text_encoder"], tokenizer)),
@@ -346,7 +351,20 @@ def _media(field: str, path: Path, entry: CatalogEntry) -> MediaFacts:
         raise RequestError(f"--{field.replace('_', '-')} {path}: no such file", _near(path), field=field, got=str(path))
     if field == "camera":
         return pose_facts(path)
+    if field == "audio":
+        return audio_facts(path)
     return read_image(path)[1] if still else probe(path)
+
+
+def _spoken(request: Request, entry: CatalogEntry, settings: Settings) -> dict[str, tuple[MediaFacts, ...]]:
+    """The sound of `speech_text`, asked of a service the first time and kept: the one place that uses a network."""
+    check_speech(request, entry)
+    if not request.speech_text or not request.speech_url:
+        return {}
+    folder = settings.cache / "speech" if settings.cache else output_folder(request)
+    key = settings.speech_key.get_secret_value() if settings.speech_key else None
+    voice, model = request.speech_voice or "alloy", request.speech_model or "tts-1"
+    return {"audio": (audio_facts(speak(request.speech_text, request.speech_url, voice, model, folder, key)),)}
 
 
 def existing_names(folder: Path) -> frozenset[str]:

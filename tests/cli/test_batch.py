@@ -273,6 +273,7 @@ def test_every_other_field_is_content(name: str):
         "precision": "reference",
         "output": "gif",
         "strip": True,
+        "start_from_reference": True,
         "quantise": "fp8",
         "quantise_text_encoder": "int8",
         "fp8_matmul": True,

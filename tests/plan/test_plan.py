@@ -13,7 +13,7 @@ import pytest
 from kinema.errors import CheckpointError, MachineError, RequestError
 from kinema.planning.geometry import nearest_frames, nearest_multiples, size_by_area, size_by_area_wan22
 from kinema.schema import AREAS, Machine, Plan
-from plan.world import CATALOG, MACHINE, VAE_CONFIG, file, files_of, image, plan, video
+from plan.world import CATALOG, MACHINE, VAE_CONFIG, file, files_of, image, plan, sound, video
 
 FIXTURES = Path(__file__).parent / "fixtures.json"
 FIRST = {"first": image(1600, 900)}
@@ -49,6 +49,7 @@ CASES = {
     "wan2.1-fun-camera-14b": {"images": FIRST, "camera": "zoom in"},
     "wan2.2-fun-camera-a14b": {"images": FIRST, "camera": "static"},
     "wan2.2-fun-camera-5b": {"images": FIRST, "camera": "roll"},
+    "wan2.2-s2v-14b": {"images": {"reference": image(1200, 1600, "face.png"), "audio": sound(12.0)}},
 }
 
 
@@ -100,6 +101,7 @@ OFFICIAL = {
     "wan2.1-fun-camera-1.3b": (50, 3, {6}, 81, 16, (832, 464)),
     "wan2.2-fun-inp-a14b": (50, 5, {6}, 81, 16, (832, 464)),
     "wan2.2-fun-control-5b": (50, 5, {6}, 121, 24, (1248, 704)),
+    "wan2.2-s2v-14b": (40, 3, {4.5}, 12 * 16 - 3, 16, (704, 960)),
 }
 
 

@@ -26,6 +26,11 @@ FLUX_AE = {"dim": 128, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_dim": 1
 CLIP_L = {"vocab": 49408, "num_positions": 77, "dim": 768, "mlp_dim": 3072, "num_layers": 12}
 SIGLIP = {"image_size": 384, "patch_size": 14, "dim": 1152, "mlp_dim": 4304, "num_layers": 27}
 UMT5 = {"vocab": 256384, "dim": 4096, "dim_attn": 4096, "num_heads": 64, "ffn_dim": 10240, "num_layers": 24}
+S2V = {
+    "layers": [0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39], "audio_dim": 1024, "audio_layers": 25, "num_tokens": 4,
+    "pose_channels": 16,
+}  # fmt: skip
+WAV2VEC2 = {"dim": 1024, "num_layers": 24, "ffn_dim": 4096}
 CLIP = {"image_size": 224, "patch_size": 14, "dim": 1280, "num_heads": 16, "num_layers": 32, "mlp_ratio": 4}
 
 
@@ -69,6 +74,8 @@ def files_of(entry: CatalogEntry) -> dict[str, FileFacts]:
         "num_layers": 30, "text_dim": 4096, "freq_dim": 256, "num_clip_positions": 0, "clip_dim": 1280,
         "head_dim": 128, "ffn_dim": FFN[dim], **entry.structure, **adapters_of(entry),
     }  # fmt: skip
+    if entry.structure.get("speech"):
+        dit["speech"] = S2V
     found = {
         "dit": file("low", "dit", dit, 28_000_000_000),
         "vae": file("vae", "vae", VAE_CONFIG[entry.vae]),
@@ -78,7 +85,13 @@ def files_of(entry: CatalogEntry) -> dict[str, FileFacts]:
         found["dit_high"] = file("high", "dit", dit, 28_000_000_000)
     if entry.structure["has_clip_tokens"]:
         found["clip_vision"] = file("clip", "clip_vision", CLIP)
+    if entry.structure.get("speech"):
+        found["audio_encoder"] = file("wav2vec2", "audio_encoder", WAV2VEC2)
     return found
+
+
+def sound(seconds: float, name: str = "voice.mp3") -> MediaFacts:
+    return MediaFacts(path=Path(f"/in/{name}"), kind="audio", frames=0, seconds=seconds, rate=44_100, channels=2)
 
 
 def image(width: int, height: int, name: str = "image.png", alpha: bool = False) -> MediaFacts:

@@ -93,6 +93,7 @@ def needed_roles(entry: CatalogEntry) -> list[str]:
     needed += ["clip_vision"] if entry.structure.get("has_clip_tokens") else []
     needed += ["clip_text"] if entry.family == "flux" else []
     needed += ["clip_vision", "redux"] if entry.redux else []
+    needed += ["audio_encoder"] if entry.structure.get("speech") else []
     return needed
 
 

@@ -175,7 +175,11 @@ def replay(
     return 0
 
 
-def decode(call: Call, latents: Annotated[Path, Parameter(name="LATENTS", help="a latents file of Kinema")], /) -> int:
+def decode(
+    call: Call,
+    latents: Annotated[Path, Parameter(name="LATENTS", help="a latents file of Kinema, or a folder of finished clips")],
+    /,
+) -> int:
     """Make the video of a latents file."""
     request = make_request(call.fields)
     from kinema.engine import Engine
@@ -243,6 +247,23 @@ def drive(
             made = _told(making, teller, cancelled)
         paths = {role: str(path) for role, path in made.items()}
         teller.show(generate_command(video, request, made), {"event": "result", "paths": list(paths.values()), **paths})
+    return 0
+
+
+def resume(
+    call: Call, folder: Annotated[Path, Parameter(name="FOLDER", help="NAME.clips, left by a run that stopped")], /
+) -> int:
+    """Go on with a video made clip by clip, from its finished clips."""
+    request = make_request(call.fields)
+    from kinema.engine import Engine
+
+    with (
+        make_teller(call.json) as teller,
+        Engine(call.configuration.settings) as engine,
+        Interruption() as cancelled,
+    ):
+        for event in engine.resume(folder, request, cancelled=cancelled):
+            teller.event(event)
     return 0
 
 
@@ -338,6 +359,7 @@ COMMANDS: dict[str, Command] = {
     "decode": Command(decode, ("output", "save", "overwrite", "quality", "strip")),
     "drive": Command(drive, ("reference", "mask", "size", "frames", "fps", "device", "save", "overwrite", "quality")),
     "control": Command(control, ("size", "frames", "fps", "device", "save", "overwrite", "quality")),
+    "resume": Command(resume, ("output", "save", "overwrite", "quality", "strip")),
     "demo": Command(demo, ("prompt", "first", "last", "seed", "steps", "device", "output", "save", "overwrite")),
     "models": Command(store.models),
     "models search": Command(store.search),

@@ -22,6 +22,7 @@ GROUPS = {
     "what": "What",
     "model": "Model",
     "media": "Input media",
+    "speech": "Speech",
     "shape": "Shape",
     "sampling": "Sampling",
     "machine": "Machine",

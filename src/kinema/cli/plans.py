@@ -50,6 +50,8 @@ def _facts(plan: Plan) -> Table:
         if plan.frames > 1
         else "1 image",
         "latent grid": f"{latent_frames} frames of {columns}x{rows}, {channels} channels; {plan.tokens} tokens",
+        "clips": f"{len(plan.clips)} of {plan.clips[0].frames} frames" if plan.clips else "",
+        "sound": f"{plan.sound.path}, {plan.sound.seconds:.2f} s from {plan.sound.start:.4g} s" if plan.sound else "",
         "images": ", ".join(f"{image.role} {image.path}" for image in plan.images),
         "videos": ", ".join(f"{video.role} {video.path}, {video.frames} frames" for video in plan.videos),
         "camera": plan.request.camera or "",
@@ -100,6 +102,7 @@ def _files(plan: Plan) -> Table:
     if plan.flux:
         parts = {"clip text": plan.flux.clip_text, "siglip": plan.flux.siglip, "redux": plan.flux.redux}
         refs |= {name: ref for name, ref in parts.items() if ref}
+    refs |= {"audio encoder": plan.audio_encoder} if plan.audio_encoder else {}
     for name, ref in refs.items():
         files = str(ref.files[0]) + (f" and {len(ref.files) - 1} more" if len(ref.files) > 1 else "")
         table.add_row(name, _plain(files), ref.dialect, _held(ref), gigabytes(ref.bytes))

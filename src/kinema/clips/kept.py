@@ -33,6 +33,12 @@ class KeptClips:
     @classmethod
     def open(cls, folder: Path) -> KeptClips:
         """Return what a folder holds. Raises CheckpointError for one that is not of this kind, or has a gap."""
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder} is no folder of finished clips",
+                f"name a folder NAME{CLIPS_SUFFIX} that Kinema left beside an output",
+                path=str(folder),
+            )
         numbers = sorted(int(match[1]) for path in folder.iterdir() if (match := NAME.fullmatch(path.name)))
         if not numbers or numbers != list(range(1, len(numbers) + 1)):
             found = f"clips {', '.join(map(str, numbers))}" if numbers else "no clips"

@@ -64,6 +64,13 @@ def clip_bytes(config: Config) -> float:
     return float(4 * tokens * config["dim"] * (4 + 2 * config.get("mlp_ratio", 4)))
 
 
+def hearing_bytes(config: Config, seconds: float) -> float:
+    """Return bytes of sound through wav2vec2: ten minutes of it at once at most, its convolutions in pieces of 30 s."""
+    pieces = 3 * 4 * min(seconds, 30) * 3200 * config.get("conv_dim", 512)
+    layers = 4 * min(seconds, 600) * 50 * (6 * config["dim"] + 2 * config["ffn_dim"])
+    return float(max(pieces, layers))
+
+
 # --- the autoencoder -------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ def check_media(request: Request, entry: CatalogEntry) -> None:
                 allowed=list(entry.takes),
             )
     for field in entry.needs:
-        if not getattr(request, field):
+        if not getattr(request, field) and not (field == "audio" and request.speech_text):
             what, word = NEEDED.get(field, (field, "FILE"))
             raise RequestError(
                 f"{entry.name} needs {what}", f"pass --{field} {word}, or take another model", field=field, got=None
@@ -88,6 +88,8 @@ NEEDED = {
     "last": ("an image for the last frame", "IMAGE"),
     "control": ("something to control it", "FILE"),
     "camera": ("a camera move or pose file", '"pan left"'),
+    "reference": ("a reference image", "IMAGE"),
+    "audio": ("speech or music, or --speech-text", "FILE"),
 }
 
 
@@ -101,6 +103,7 @@ def _who_takes(field: str) -> str:
         "video": f"{vace} or {inpaint}",
         "mask": f"{vace} or {inpaint}",
         "camera": "wan2.2-fun-camera-a14b or wan2.1-fun-camera-14b",
+        "audio": "wan2.2-s2v-14b",
     }
     return f"models that take one: {models[field]}" if field in models else "no model of this version takes one"
 

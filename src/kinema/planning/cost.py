@@ -23,20 +23,26 @@ FARTHEST_DECADE = 2  # a rate measured on work of another size, by this factor o
 def estimate(plan: Plan, machine: Machine) -> tuple[StageCost, ...]:
     """Return the costs of each stage, with its seconds where this machine has done the like before."""
     amounts = work(plan)
-    return tuple(
-        cost.model_copy(update={"seconds": predict_seconds(amounts[cost.stage], machine.calibration, cost.stage)})
-        for cost in memory.costs(plan)
-    )
+    runs = {"sample": max(1, len(plan.clips)), "decode": max(1, len(plan.clips))}
+
+    def seconds(stage: str) -> float | None:
+        once = predict_seconds(amounts[stage], machine.calibration, stage) if stage in amounts else None
+        return None if once is None else once * runs.get(stage, 1)
+
+    return tuple(cost.model_copy(update={"seconds": seconds(cost.stage)}) for cost in memory.costs(plan))
 
 
 def work(plan: Plan) -> dict[str, float]:
-    """Return the work of each stage for one seed: FLOPs, of "load" bytes. Stages the plan lacks are left out."""
+    """Return the work of each stage for one seed, or for one clip of it: FLOPs, of "load" bytes.
+
+    Stages the plan lacks are left out.
+    """
     texts = [plan.prompt, *([plan.negative] if any(step.guidance != 1.0 for step in plan.steps) else [])]
     tokens = [min(len(text.encode()) / 4 + 2, plan.text_len) for text in texts]  # about 4 bytes a token
     _, frames, height, width = plan.latent
     amounts = {"encode text": sum(text_encoder_flops(plan.text_encoder.config, count) for count in tokens)}
     seen = sum(image.clip for image in plan.images)
-    if encodes(plan):
+    if encodes(plan) and not plan.clips:
         amounts["encode images"] = vae_encode_flops(plan.vae.config, encoded_latent_frames(plan), height, width)
         if plan.clip_vision is not None:
             amounts["encode images"] += seen * clip_flops(plan.clip_vision.config)
@@ -48,7 +54,8 @@ def work(plan: Plan) -> dict[str, float]:
         for expert, ref in plan.experts.items()
     }
     amounts["sample"] = sum(dit[step.expert] * (1 if step.guidance == 1.0 else 2) for step in plan.steps)
-    amounts["decode"] = vae_decode_flops(plan.vae.config, frames - plan.reference_frames, height, width)
+    history = (plan.speech.history_frames + 3) // 4 if plan.speech else 0  # decoded again, for the VAE to see
+    amounts["decode"] = vae_decode_flops(plan.vae.config, frames + history - plan.reference_frames, height, width)
     return amounts
 
 
@@ -71,7 +78,7 @@ def dit_flops(config: Config, frames: int, height: int, width: int, text_rows: i
     frames, height, width  of the latents; a token is 1x2x2 of them.
     text_rows              rows of text that are attended.
     """
-    tokens = frames * (height // 2) * (width // 2)
+    tokens = _tokens(config, frames, height, width)
     if is_flux(config):
         return flux_cost.transformer_flops(config, tokens, text_rows)
     d, ffn = config["dim"], config["ffn_dim"]
@@ -80,6 +87,13 @@ def dit_flops(config: Config, frames: int, height: int, width: int, text_rows: i
     edges = 8 * tokens * d * (config["in_channels"] + config["out_channels"])
     time = 2 * d * (config.get("freq_dim", 256) + 7 * d)
     return float(config["num_layers"] * (matrices + attention) + edges + time)
+
+
+def _tokens(config: Config, frames: int, height: int, width: int) -> int:
+    """Tokens of a forward, those that S2V puts behind the video's among them: a reference, and packed motion."""
+    cells = height * width
+    behind = cells // 4 + cells // 4 + cells // 16 + 4 * (cells // 64) if config.get("speech") else 0
+    return frames * (height // 2) * (width // 2) + behind
 
 
 def context_flops(config: Config, text_rows: int, clip_tokens: int = 0) -> float:

@@ -13,6 +13,9 @@ PATCH = 2
 TEMPORAL_STRIDE = 4
 """Pixel frames a latent frame spans, after the first."""
 
+SPEECH_MULTIPLE = 64
+"""Pixels that the coarsest patch of S2V's motion spans."""
+
 SPATIAL_STRIDE = {"wan2.1": 8, "wan2.2": 16, "flux": 8}
 LATENT_CHANNELS = {"wan2.1": 16, "wan2.2": 48, "flux": 16}
 
@@ -74,6 +77,31 @@ def size_within(width: int, height: int, area: int, multiple: int = 16) -> tuple
         sizes, key=lambda size: (size[0] * size[1], -abs(size[0] / size[1] - aspect)), default=(multiple, multiple)
     )
     return int(best[0]), int(best[1])
+
+
+def size_by_area_speech(width: int, height: int, area: int) -> tuple[int, int]:
+    """Return (width, height), multiples of 64, of at most `area` pixels and no more than the image needs; S2V's.
+
+    Of 100 scales from the largest down, the first whose sides, rounded up, fit.
+    Source: Wan-Video/Wan2.2 wan/speech2video.py get_size_less_than_area (Apache-2.0).
+    """
+    if width * height <= area:
+        largest, smallest = 1.0, 0.1
+    else:
+        spare = SPEECH_MULTIPLE - 1
+        a, b, c = width * height, spare * (width + height), spare**2 - area
+        largest, smallest = math.sqrt(area / a), (-b + math.sqrt(b * b - 2 * a * c)) / (2 * a)
+    for step in range(100):
+        scale = largest - (largest - smallest) * step / 100
+        wide, tall = (math.ceil(int(side * scale) / SPEECH_MULTIPLE) * SPEECH_MULTIPLE for side in (width, height))
+        if 0 < wide * tall <= area:
+            return wide, tall
+
+    def down(length: float) -> int:
+        return max(SPEECH_MULTIPLE, int(length // SPEECH_MULTIPLE) * SPEECH_MULTIPLE)
+
+    wide, tall = down(math.sqrt(area * width / height)), down(math.sqrt(area * height / width))
+    return (down(width), down(height)) if wide >= width or tall >= height else (wide, tall)
 
 
 def size_by_area_wan22(width: int, height: int, area: int) -> tuple[int, int]:

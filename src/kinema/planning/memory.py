@@ -114,6 +114,9 @@ def stages(plan: Plan) -> dict[str, list[tuple[ModelRef, float]]]:
     if encodes(plan):
         clip = [(plan.clip_vision, activations.clip_bytes(plan.clip_vision.config))] if plan.clip_vision else []
         found["encode images"] = [*clip, (plan.vae, _vae(plan, decoder=False))]
+    if plan.audio_encoder and plan.sound:
+        hearing = (plan.audio_encoder, activations.hearing_bytes(plan.audio_encoder.config, plan.sound.seconds))
+        found["encode inputs"] = [hearing, *found.pop("encode images")]
     order = list(dict.fromkeys(step.expert for step in plan.steps))
     found["load"] = [(plan.experts[order[0]], 0.0)]
     found["sample"] = [(plan.experts[expert], _dit(plan, plan.experts[expert])) for expert in order]
@@ -170,9 +173,18 @@ def _host(plan: Plan, loaded: Sequence[ModelRef], ref: ModelRef, need: float) ->
             activations.vae_history_bytes(ref.config, *plan.latent[2:], BYTES[ref.dtype], decoder=decoder)
             for decoder in (False, True)
         )
-    pictures = 12.0 * plan.frames * plan.height * plan.width if encodes(plan) and ref.component == "vae" else 0.0
+    pictures = (
+        12.0 * _frames_at_once(plan) * plan.height * plan.width if encodes(plan) and ref.component == "vae" else 0.0
+    )
     rings = max((ring_bytes(other) for other in loaded), default=0)
     return HOST_BASE + on_host + (need if ref.device == "cpu" else 0) + rings + history + pictures
+
+
+def _frames_at_once(plan: Plan) -> int:
+    """Frames that are held together: all of them, or those of a clip and the ones it goes on from."""
+    if not plan.clips:
+        return plan.frames
+    return plan.clips[0].frames + (plan.speech.history_frames if plan.speech else 0)
 
 
 def _workspace(plan: Plan) -> float:
@@ -201,7 +213,7 @@ def _vae(plan: Plan, *, decoder: bool) -> float:
         plan.vae.config, rows, columns, BYTES[plan.vae.dtype],
         decoder=decoder, chunk=plan.chunk, tile=tile, history_elsewhere=elsewhere,
     )  # fmt: skip
-    video = 12 * plan.frames * plan.height * plan.width if plan.device == "cpu" and not decoder else 0
+    video = 12 * _frames_at_once(plan) * plan.height * plan.width if plan.device == "cpu" and not decoder else 0
     return taken * _workspace(plan) + video
 
 

@@ -22,6 +22,13 @@ from kinema.planning.memory import fit
 from kinema.planning.outputs import plan_output
 from kinema.planning.quantisation import multiplied, quantised
 from kinema.planning.shape import plan_length, plan_size, plan_tile
+from kinema.planning.speech import (
+    check_audio_encoder,
+    check_speech,
+    note_mute_outputs,
+    plan_reference,
+    plan_speech,
+)
 from kinema.sampling.schedule import TRAIN_TIMESTEPS, Schedule, expert_of, flux_shift, schedule
 from kinema.schema import (
     AREAS,
@@ -31,6 +38,7 @@ from kinema.schema import (
     Facts,
     FileFacts,
     FluxPlan,
+    ImagePlan,
     Machine,
     ModelRef,
     Note,
@@ -52,12 +60,17 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     notes: list[Note] = list(facts.notes)
     check_media(request, entry)
     check_components(request, entry, facts)
+    check_speech(request, entry)
     task = _task(request, entry)
     width, height = plan_size(request, entry, facts, notes)
+    driven = plan_speech(request, entry, facts, notes) if entry.structure.get("speech") else None
     frames, fps = plan_length(request, entry, facts, notes)
+    if driven:
+        frames = sum(clip.shown for clip in driven.clips)
     stride = SPATIAL_STRIDE[entry.vae]
     references = len(request.reference) if entry.structure.get("vace") else 0
-    latent = (LATENT_CHANNELS[entry.vae], latent_frames(frames) + references, height // stride, width // stride)
+    depth = driven.latent_frames if driven else latent_frames(frames) + references
+    latent = (LATENT_CHANNELS[entry.vae], depth, height // stride, width // stride)
     concat = plan_concat(entry, facts)
     precision: Precision = request.precision or "fast"
     loras = plan_loras(request, entry, facts, notes)
@@ -73,6 +86,10 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
             Note(about=field, text=f"its last {count} tokens are left out: {entry.name} reads {entry.text_len}")
         )
     seeds = _seeds(request)
+    output = plan_output(request, facts, seeds, frames, prompt, notes)
+    if driven:
+        check_audio_encoder(facts)
+        note_mute_outputs(output.kinds, notes)
     plan = Plan(
         kinema=VERSION,
         request=request,
@@ -86,10 +103,11 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         clip_vision=_clip(entry, facts, precision),
         loras=loras.reports,
         preset=loras.preset.name if loras.preset else None,
+        audio_encoder=_ref(facts.files["audio_encoder"], facts.machine, "float32") if driven else None,
         prompt=prompt,
         negative=negative,
         text_len=entry.text_len,
-        images=(flux_images if entry.family == "flux" else plan_images)(request, entry, facts, (width, height), notes),
+        images=_images(request, entry, facts, (width, height), notes),
         videos=plan_videos(request, entry, facts, (width, height), frames, fps, notes),
         first_frame=_first_frame(request, entry, bool(concat)),
         concat=concat,
@@ -103,6 +121,9 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         fps=fps,
         latent=latent,
         tokens=tokens,
+        clips=driven.clips if driven else (),
+        speech=driven.speech if driven else None,
+        sound=driven.sound if driven else None,
         seeds=seeds,
         solver=request.solver or entry.solver,
         shift=shift,
@@ -112,7 +133,7 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         device=facts.machine.device,
         tile=plan_tile(request, stride),
         chunk=request.chunk or 1,
-        output=plan_output(request, facts, seeds, frames, prompt, notes),
+        output=output,
         notes=tuple(notes),
     )
     fitted = fit(plan, request, facts.machine)
@@ -126,6 +147,8 @@ def _tokens(latent: tuple[int, int, int, int], dit: FileFacts) -> int:
 
 
 def _task(request: Request, entry: CatalogEntry) -> str:
+    if entry.structure.get("speech"):
+        return "speech to video"
     if entry.family == "flux":
         given = [name for name in ("first", "control", "reference") if getattr(request, name)]
         return "image to image" if given else "text to image"
@@ -147,6 +170,14 @@ def _flux(request: Request, entry: CatalogEntry, facts: Facts) -> FluxPlan | Non
     if entry.family != "flux":
         return None
     return plan_flux(request, entry, facts, lambda file: _ref(file, facts.machine, "float32"))
+
+
+def _images(
+    request: Request, entry: CatalogEntry, facts: Facts, size: tuple[int, int], notes: list[Note]
+) -> tuple[ImagePlan, ...]:
+    if entry.structure.get("speech"):
+        return (plan_reference(facts, size, notes),)
+    return (flux_images if entry.family == "flux" else plan_images)(request, entry, facts, size, notes)
 
 
 def _first_frame(request: Request, entry: CatalogEntry, concat: bool) -> Literal["none", "concat", "overwrite"]:

@@ -6,9 +6,11 @@ from kinema.errors import RequestError
 from kinema.planning.geometry import (
     PATCH,
     SPATIAL_STRIDE,
+    SPEECH_MULTIPLE,
     nearest_frames,
     nearest_multiples,
     size_by_area,
+    size_by_area_speech,
     size_by_area_wan22,
 )
 from kinema.planning.inputs import length_of_inputs
@@ -23,6 +25,9 @@ def plan_size(request: Request, entry: CatalogEntry, facts: Facts, notes: list[N
     by_area = size_by_area_wan22 if entry.vae == "wan2.2" else size_by_area
     roles = ASPECT_ROLES[entry.family]
     image = next((media for role in roles for media in facts.media.get(role, ())), None)
+    if entry.structure.get("speech"):
+        multiple, by_area = SPEECH_MULTIPLE, size_by_area_speech
+        image = next(iter(facts.media.get("reference", ())), None)
     if request.size and request.size not in AREAS:
         width, height = (int(side) for side in request.size.split("x"))
         _check_sides(width, height, multiple)
