@@ -59,11 +59,11 @@ MISTAKES = """## What guides get wrong
 
 HOW = """## How a choice is made
 
-A file stays on the card when its bytes, what a forward of {size} needs beside them, and {reserve} fit.
-Otherwise its blocks are streamed from RAM while it runs, which RAM has to hold together with {system} for the
-system; of two experts both count. Of what runs this way the best precision is taken: 16-bit (only where it
-stays on the card), scaled fp8, Q8_0, int8, Q6_K, plain fp8, then the smaller ones. The text encoder may take
-45 % of the card. The tables below assume 32 GB of RAM.
+A file stays on the card when its bytes and what a forward of {size} needs beside them fit into 95 % of the
+card, less 0.6 GB. Otherwise its blocks are streamed from RAM while it runs, which RAM has to hold together
+with {system} for the system; of two experts both count. Of what runs this way the best precision is taken:
+16-bit (only where it stays on the card), scaled fp8, Q8_0, int8, Q6_K, plain fp8, then the smaller ones. The
+text encoder may take 45 % of the card. The tables below assume 32 GB of RAM.
 
 """
 
@@ -76,7 +76,7 @@ def which_model() -> str:
         [(f"`{s.name}`", s.use, ", ".join(s.tasks), _licence(s, store)) for s in store.sets.values()],
     )
     parts = [HEAD, "## By use\n\n", use, MISTAKES]
-    parts += [HOW.format(size="the planned size, with guidance", reserve="0.7 GB", system="4 GB")]
+    parts += [HOW.format(size="the planned size, with guidance,", system="4 GB")]
     parts += [_task(task, store) for task in tasks(store)]
     return "".join([*parts, _presets(store)]).rstrip() + "\n"
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from kinema.catalog import load_catalog
+from kinema.catalog import choice, load_catalog
 from kinema.catalog.choice import kind, offers, part_offers
 from kinema.catalog.files import CatalogFile, alternatives, find_files, find_set, load_store, search
 from kinema.catalog.folders import KEYS
 from kinema.errors import CatalogError
+from kinema.planning import memory
 
 STORE = load_store()
 
@@ -211,6 +212,10 @@ def test_a_row_that_is_no_file_is_refused_with_its_place(tmp_path: Path, row: st
     with pytest.raises(CatalogError, match="me/mine, file 1") as caught:
         load_store((file,))
     assert word in str(caught.value)
+
+
+def test_a_choice_counts_as_a_plan_does():
+    assert (choice.CONTEXT, choice.USABLE) == (memory.CONTEXT, memory.USABLE)
 
 
 def test_folders_are_those_of_comfyui():

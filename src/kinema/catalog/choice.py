@@ -18,7 +18,8 @@ ORDER = (
 )  # fmt: skip
 """Precisions that are read, best first. Plain fp8 stands low: it rounds norms and biases too."""
 
-RESERVE = 700_000_000  # of the card: the device context, the allocator's slack
+CONTEXT = 600_000_000  # of the card, before the first tensor; as planning.memory, which keeps to both in a run
+USABLE = 0.95  # of what is left
 SYSTEM = 4_000_000_000  # of the RAM: the system and this process
 BLOCKS_AT_ONCE = 2  # of a streamed DiT: the one that runs and the one that arrives
 TEXT_ENCODER_SHARE = 0.45  # of the card: it leaves, but not before the DiT's first blocks arrive
@@ -104,8 +105,8 @@ def part_offers(part: str, store: Store) -> list[Offer]:
 
 
 def tokenizer(encoder: CatalogFile, store: Store) -> tuple[CatalogFile, ...]:
-    """Return the tokenizer's folder where a umT5 file does not hold it: ComfyUI's own files do, GGUF files do not."""
-    if not encoder.serves("umt5-xxl") or encoder.repository.startswith("Comfy-Org/"):
+    """Return the tokenizer's folder where a umT5 file does not hold it: ComfyUI's own files and GGUF files do."""
+    if not encoder.serves("umt5-xxl") or encoder.repository.startswith("Comfy-Org/") or encoder.name.endswith(".gguf"):
         return ()
     return tuple(file for file in store.serving("umt5-xxl") if file.role == "tokenizer" and file.folder)[:1]
 
@@ -154,9 +155,10 @@ def nearest(given: Iterable[Offer], precision: str) -> Offer | None:
 
 
 def _mode(offer: Offer, card: Card, activations: float, num_layers: int) -> Mode:
-    if offer.largest + activations + RESERVE <= card.vram:
+    room = USABLE * (card.vram - CONTEXT) - activations
+    if offer.largest <= room:
         return "resident"
-    if BLOCKS_AT_ONCE * offer.largest / num_layers + activations + RESERVE > card.vram:
+    if BLOCKS_AT_ONCE * offer.largest / num_layers > room:
         return "too big"
     return "streamed" if offer.together + SYSTEM <= card.ram else "from disk"
 

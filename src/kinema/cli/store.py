@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import psutil
 from cyclopts import Parameter
 
-from kinema.catalog.choice import Card
-from kinema.catalog.files import CatalogFile, FileSet, Found, Store, find_files, find_set, load_store
-from kinema.catalog.folders import Folders
 from kinema.cli.flags import Call
 from kinema.cli.interrupt import Interruption
-from kinema.cli.store_pages import files_page, moves_page, plan_page, set_page
 from kinema.cli.tell import Teller, gigabytes, make_teller
 from kinema.errors import CatalogError, RequestError
-from kinema.provision import Provision, distinct, preset, provide, sets_of
 from kinema.schema import Settings
+
+if TYPE_CHECKING:  # each verb imports what it needs: `kinema --help` should not wait for the catalog
+    from kinema.catalog.choice import Card
+    from kinema.catalog.files import CatalogFile, Store
+    from kinema.catalog.folders import Folders
+    from kinema.catalog.moves import Move
+    from kinema.provision import Provision
 
 DEFAULT_RAM = 32 * 10**9
 
@@ -53,6 +53,9 @@ def models(call: Call) -> int:
 
 def search(call: Call, *words: Annotated[str, Parameter(name="WORD", help="words all of which a file has")]) -> int:
     """Find published files by name or by words, names that were never published included."""
+    from kinema.catalog.files import find_files
+    from kinema.cli.store_pages import files_page
+
     store, folders = _opened(call)
     found = find_files(_some(words, "search", "WORD"), store)
     with make_teller(call.json) as teller:
@@ -62,6 +65,9 @@ def search(call: Call, *words: Annotated[str, Parameter(name="WORD", help="words
 
 def show(call: Call, *words: Annotated[str, Parameter(name="NAME", help="a model or a file")]) -> int:
     """Show a model with all its files, or a file with all that is known of it."""
+    from kinema.catalog.files import find_files, find_set
+    from kinema.cli.store_pages import files_page, set_page
+
     store, folders = _opened(call)
     name = _some(words, "show", "NAME")
     item = find_set(name, store)
@@ -81,6 +87,8 @@ def plan(
     loras: Loras = False,
 ) -> int:
     """Say which files to take for a card, and why; what they come to, and what more memory would bring."""
+    from kinema.cli.store_pages import plan_page
+
     store, folders = _opened(call)
     card = _card(vram, ram, disk)
     made = _provisions(task, preset, store, card, loras)
@@ -144,6 +152,8 @@ def verify(
 
 def where(call: Call, *words: Annotated[str, Parameter(name="NAME", help="a model or a file")]) -> int:
     """Print where the files of a name lie on this machine."""
+    from kinema.catalog.files import find_files, find_set
+
     store, folders = _opened(call)
     name = _some(words, "where", "NAME")
     item = find_set(name, store)
@@ -273,21 +283,28 @@ def parse_bytes(text: str, flag: str) -> int:
 
 
 def _opened(call: Call) -> tuple[Store, Folders]:
+    from kinema.catalog.files import load_store
+    from kinema.catalog.folders import Folders
+
     settings = call.configuration.settings
     return load_store(settings.catalogs), Folders.of(settings)
 
 
 def _card(vram: str | None, ram: str | None, disk: str | None) -> Card:
+    from kinema.catalog.choice import Card
+
     room = parse_bytes(disk, "--disk") if disk else None
     if vram:
         return Card(parse_bytes(vram, "--vram"), parse_bytes(ram, "--ram") if ram else DEFAULT_RAM, room)
     from kinema.runtime.machine import probe_machine
 
     machine = probe_machine()
-    return Card(machine.memory_total, parse_bytes(ram, "--ram") if ram else psutil.virtual_memory().total, room)
+    return Card(machine.memory_total, parse_bytes(ram, "--ram") if ram else machine.ram_total, room)
 
 
 def _provisions(task: str | None, menu: str | None, store: Store, card: Card, loras: bool) -> list[Provision]:
+    from kinema.provision import preset, provide, sets_of
+
     if task and menu:
         raise RequestError(f"--task {task} and --preset {menu} both say what", "leave one out", field="task", got=task)
     if menu:
@@ -300,6 +317,9 @@ def _named(
     names: Sequence[str], store: Store, card: Card, loras: bool, made: list[Provision], teller: Teller
 ) -> tuple[list[CatalogFile], list[str]]:
     """Return what names stand for: files, and addresses of repositories. A model is its best files for the card."""
+    from kinema.catalog.files import find_set
+    from kinema.provision import distinct, provide
+
     files, addresses = [], [name for name in names if name.startswith(("hf:", "ms:"))]
     models = [item for name in names if (item := find_set(name, store))]
     chosen = [*made, *(provide(item, store, card, with_loras=loras) for item in models)]
@@ -315,7 +335,9 @@ def _named(
 
 def _files_of(name: str, store: Store, teller: Teller) -> list[CatalogFile]:
     """Return the file that a name means; RequestError where it means several different ones."""
-    found: Found = find_files(name, store)
+    from kinema.catalog.files import find_files
+
+    found = find_files(name, store)
     if found.note:
         teller.say(found.note)
         return list(found.files)
@@ -332,8 +354,9 @@ def _files_of(name: str, store: Store, teller: Teller) -> list[CatalogFile]:
     )
 
 
-def _moves(call: Call, moves: Sequence[Any], notes: Sequence[str], yes: bool) -> int:
+def _moves(call: Call, moves: Sequence[Move], notes: Sequence[str], yes: bool) -> int:
     from kinema.catalog.moves import carry_out
+    from kinema.cli.store_pages import moves_page
 
     with make_teller(call.json) as teller:
         teller.show(*moves_page(moves, notes))
@@ -374,10 +397,12 @@ def pull_missing(error: CatalogError, settings: Settings, teller: Teller) -> Non
 
 
 def _missing_files(error: CatalogError, settings: Settings) -> list[CatalogFile]:
+    from kinema.catalog.choice import Card
+    from kinema.catalog.files import load_store
+    from kinema.provision import provide
     from kinema.runtime.machine import probe_machine
 
     store, machine = load_store(settings.catalogs), probe_machine()
-    item: FileSet = store.sets[error.details["pull"]]
+    item = store.sets[error.details["pull"]]
     made = provide(item, store, Card(machine.memory_total, machine.ram_total))
-    wanted = tuple(file for file in made.files if file.role in (*error.details["missing"], "tokenizer"))
-    return list(replace(made, files=wanted).files)
+    return [file for file in made.files if file.role in (*error.details["missing"], "tokenizer")]
