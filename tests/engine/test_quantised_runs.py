@@ -91,6 +91,21 @@ def test_a_run_rounded_when_loaded(engine: Engine, tmp_path: Path, how: str) -> 
     assert torch.equal(again, exact)
 
 
+@pytest.mark.parametrize("name", ["fp8.safetensors", "q8.gguf", "int8"])
+def test_packed_blocks_are_streamed_to_the_same_bits(
+    engine: Engine, tiny_world: TinyWorld, tmp_path: Path, name: str
+) -> None:
+    asked: dict[str, Any] = {"quantise": "int8"}
+    if name != "int8":
+        write = write_fp8 if name.startswith("fp8") else write_q8
+        write(tmp_path / name, load_file(tiny_world.file("diffusion_models/t2v.safetensors")))
+        asked = {"dit": tmp_path / name}
+    staying, _ = latents(engine, tmp_path, **asked)
+    for swap in (1, 2):
+        streamed, result = latents(engine, tmp_path, blocks_to_swap=swap, **asked)
+        assert torch.equal(streamed, staying) and result.plan.experts["model"].resident_blocks == 2 - swap
+
+
 def test_rows_that_do_not_divide_are_refused_with_what_does(engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"rows of blocks\.0\.ffn\.2\.weight are 96 wide, no multiple of 64"):
         latents(engine, tmp_path, quantise="fp8-64")

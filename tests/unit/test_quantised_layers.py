@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import weakref
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kinema.models.encoders import T5Linear
 from kinema.models.layers import Linear
+from kinema.planning.quantisation import CHUNK_BYTES
 from kinema.weights.quantised import packed as packing
 from kinema.weights.quantised.layers import Activations, QuantisedEmbedding, QuantisedLinear, multiplies, swap
 from kinema.weights.quantised.packed import ON_LOAD, Packed, hadamard, quantise
@@ -142,3 +146,44 @@ def test_what_cannot_be_multiplied_is_unpacked() -> None:
         assert layer.activations is None
     assert multiplies(quantise(weight(), "fp8_e4m3", "channel"), torch.bfloat16)
     assert not multiplies(quantise(weight(), "fp8_e4m3", "channel"), torch.float32)
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that are alive, at most, of those made within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor) and (place := tensor.untyped_storage().data_ptr()) not in self._seen:
+                storage = tensor.untyped_storage()
+                self._seen.add(place)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, place, storage.nbytes())
+        return made
+
+    def _gone(self, place: int, size: int) -> None:
+        self._seen.discard(place)
+        self.now -= size
+
+
+@pytest.mark.parametrize("kind", ["fp8_e4m3", "int8", "Q8_0", "Q4_0"])
+def test_a_large_matrix_takes_what_planning_says(kind: str) -> None:
+    packed = quantise(torch.randn(8192, 2048), kind, "channel")
+    with Live() as live:
+        packed.dequantised(torch.bfloat16)
+    planned = 8192 * 2048 * 2 + CHUNK_BYTES
+    assert 0.6 * planned < live.most < 1.3 * planned, f"{live.most / planned:.2f}"
+
+
+def test_a_large_activation_is_rounded_in_chunks() -> None:
+    x = torch.randn(20_000, 1024).bfloat16()
+    with Live() as live:
+        numbers, scales = Activations().rounded(x)
+    assert (numbers.shape, scales.shape) == (x.shape, (20_000, 1))
+    assert live.most - x.nbytes < x.numel() + 1.3 * CHUNK_BYTES  # views of the input count as it

@@ -13,6 +13,7 @@ from kinema.errors import MachineError, RequestError
 from kinema.planning import activations, flux_cost
 from kinema.planning.flux_cost import is_flux
 from kinema.planning.inputs import encodes
+from kinema.planning.quantisation import unpacking_bytes
 from kinema.schema import Limits, Machine, ModelRef, Note, Plan, Quantise, Request, StageCost
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -194,7 +195,8 @@ def _workspace(plan: Plan) -> float:
 def _text(plan: Plan) -> float:
     config = plan.text_encoder.config
     rows = max(_rows(plan, plan.prompt), _rows(plan, plan.negative))
-    return activations.text_bytes(config, rows) if "num_heads" in config else 0.0
+    taken = activations.text_bytes(config, rows) if "num_heads" in config else 0.0
+    return taken + unpacking_bytes(plan.text_encoder, rows)
 
 
 def _rows(plan: Plan, text: str) -> int:
@@ -223,13 +225,13 @@ def _dit(plan: Plan, ref: ModelRef) -> float:
     rows = _rows(plan, plan.prompt) + (_rows(plan, plan.negative) if both else 0)
     if is_flux(ref.config):
         each = flux_cost.transformer_bytes(ref.config, plan.tokens, plan.text_len, BYTES[ref.dtype])
-        return each * _workspace(plan)
+        return each * _workspace(plan) + unpacking_bytes(ref, plan.tokens + plan.text_len)
     seen = max(1, sum(image.clip for image in plan.images)) if plan.clip_vision else 0
     rows += (2 if both else 1) * seen * CLIP_TOKENS
     taken = activations.dit_bytes(
         ref.config, _tokens(plan, ref), rows, BYTES[ref.dtype], branches=2 if together else 1, ffn_tokens=ref.ffn_tokens
     )
-    return taken * _workspace(plan)
+    return taken * _workspace(plan) + unpacking_bytes(ref, ref.ffn_tokens or _tokens(plan, ref))
 
 
 def _tokens(plan: Plan, ref: ModelRef) -> int:

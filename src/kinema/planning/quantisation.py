@@ -10,6 +10,9 @@ from kinema.schema import Expert, FileFacts, Machine, ModelRef, Note, Quantise, 
 BITS: Mapping[Quantise, float] = {"fp8": 8, "fp8-64": 8.5, "int8": 8}
 """Bits of a weight with its share of a scale; one scale a row is less than a hundredth of a bit."""
 
+CHUNK_BYTES = 3 * 4 * 2**22
+"""Float32 numbers that are alive while a chunk is unpacked or rounded."""
+
 
 def quantised(ref: ModelRef, file: FileFacts, wanted: Quantise | None, field: str, notes: list[Note]) -> ModelRef:
     """Return the recipe with its matrices held as wanted; RequestError for a file that holds them packed already."""
@@ -69,6 +72,20 @@ def multiplied(
     return {
         expert: ref.model_copy(update={"fp8_matmul": True}) if expert in able else ref for expert, ref in refs.items()
     }
+
+
+def unpacking_bytes(ref: ModelRef, tokens: int) -> float:
+    """Return what a layer over a packed matrix takes beside its input and output, the widest layer of the model.
+
+    That is the unpacked matrix with a chunk of it in float32; or its input in fp8, for `tokens` rows, where those are
+    multiplied. Source: weights.quantised.packed and layers, whose CHUNK this knows.
+    """
+    if not ref.quantisation:
+        return 0.0
+    dim, wide = ref.config["dim"], max(ref.config.get(side, 0) for side in ("ffn_dim", "mlp_dim", "dim"))
+    if ref.fp8_matmul:
+        return float(tokens * max(dim, wide) + CHUNK_BYTES)
+    return float(dim * wide * (4 if ref.dtype == "float32" else 2) + CHUNK_BYTES)
 
 
 def _scaled_by_row(quantisation: str) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kinema.models import flux, wan
 from kinema.models.encoders import T5Linear
 from kinema.schema import Component
-from kinema.weights.quantised.packed import LARGEST, Packed
+from kinema.weights.quantised.packed import CHUNK, LARGEST, Packed
 
 SCALED_MM_MULTIPLE = 16
 """Both sides of a matrix must be a multiple of this for fp8 multiplication."""
@@ -122,16 +122,28 @@ class Activations:
     def rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return rows of `x` [..., K] as fp8 [M, K], and the float32 scale [M, 1] of each."""
         if self._of is None or self._of() is not x or self._rounded is None:
-            rows = x.detach().reshape(-1, x.shape[-1]).float()
-            scale = rows.abs().amax(1, keepdim=True).clamp_(min=1e-12).div_(LARGEST["fp8_e4m3"])
-            limit = LARGEST["fp8_e4m3"]
-            self._rounded = ((rows / scale).clamp_(-limit, limit).to(torch.float8_e4m3fn), scale)
+            self._of = self._rounded = None  # the one before leaves first
+            self._rounded = _rounded(x.detach().reshape(-1, x.shape[-1]))
             self._of = weakref.ref(x, self._forget)
         return self._rounded
 
     def _forget(self, gone: weakref.ref[Tensor]) -> None:
         if self._of is gone:
             self._of = self._rounded = None
+
+
+def _rounded(rows_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as fp8 and their scales, in chunks: activations are wide, and float32 of all of them would not fit."""
+    limit = LARGEST["fp8_e4m3"]
+    numbers = torch.empty(rows_MK.shape, dtype=torch.float8_e4m3fn, device=rows_MK.device)
+    scales = torch.empty(len(rows_MK), 1, device=rows_MK.device)
+    step = max(1, CHUNK // rows_MK.shape[1])
+    for start in range(0, len(rows_MK), step):
+        rows = rows_MK[start : start + step].float()
+        scale = rows.abs().amax(1, keepdim=True).clamp_(min=1e-12).div_(limit)
+        scales[start : start + step] = scale
+        numbers[start : start + step] = (rows / scale).clamp_(-limit, limit)
+    return numbers, scales
 
 
 class QuantisedEmbedding(_PackedLayer):
