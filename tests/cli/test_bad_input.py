@@ -311,7 +311,7 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "LoRA mode unknown": (f"cat {T14} --lora-mode melt", REQUEST, ("'melt'", "branch", "fuse")),
     "preset unknown": (f"cat {T14} --preset turbo", REQUEST, ("'turbo'", "causvid", "none")),
     "preset of another model": (f"cat {T14} --preset fastwan-ti2v-5b", REQUEST, ("fastwan-ti2v-5b", "wan2.2-ti2v-5b")),
-    "LoRA as a model": (f"cat {T2V} --dit D/lora.safetensors", CHECKPOINT, ("lora.safetensors", "LoRA")),
+    "LoRA as a model": (f"cat {T2V} --dit D/lora.safetensors", CHECKPOINT, ("lora.safetensors", "LoRA", "--lora")),
     "FLUX as a Wan model": (f"cat {T2V} --dit D/flux.safetensors", CHECKPOINT, ("flux.safetensors", "FLUX")),
     "the DiT of another variant": (f"cat {T2V} --dit D/vace.safetensors", CHECKPOINT, ("vace.safetensors", "VACE")),
     "folder instead of a file": (f"cat {T2V} --vae D/nothing", CHECKPOINT, ("nothing", ".safetensors")),

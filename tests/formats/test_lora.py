@@ -301,6 +301,45 @@ def test_the_image_branch_of_wan_21_is_explained(shapes, tmp_path: Path) -> None
     assert {item.kind for item in match(read_lora(path), shapes).unmatched} == {"image branch"}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_and_the_model_stays(
+    value: float, model: WanDiT, shapes, tmp_path: Path
+) -> None:
+    before, state = snapshot(model), SPELLINGS["comfyui"](low_rank(shapes))
+    state["diffusion_model.blocks.1.ffn.2.lora_B.weight"][3, 1] = value
+    state["diffusion_model.blocks.0.norm3.diff"] = torch.ones(128)
+    ref = LoraRef(path=write(tmp_path / "x.safetensors", state))
+    with pytest.raises(CheckpointError, match=r"ffn\.2\.weight holds values that are not finite"):
+        attach(model, [ref], torch.float32)
+    for name, (identity, tensor) in snapshot(model).items():
+        assert identity == before[name][0] and torch.equal(tensor, before[name][1])
+    with pytest.raises(CheckpointError, match="not finite"):
+        Fusion([ref], shapes)("blocks.1.ffn.2.weight", torch.zeros(128, 96))
+
+
+def test_many_swaps_leave_every_bit(model: WanDiT, shapes, tmp_path: Path) -> None:
+    before = snapshot(model)
+    names = ("blocks.0.self_attn.q", "blocks.1.norm3", "blocks.0")
+    endings = ({"lora_A.weight": (4, 128), "lora_B.weight": (128, 4)}, {"diff": (128,)}, {"diff_m": (1, 6, 128)})
+    state = {f"diffusion_model.{module}.{ending}": random(ending, *shape)
+             for module, tensors in zip(names, endings, strict=True) for ending, shape in tensors.items()}  # fmt: skip
+    ref = LoraRef(path=write(tmp_path / "x.safetensors", state))
+    for _ in range(200):
+        attach(model, [ref], torch.float32)
+        set_strengths(model, [1.0])
+        detach(model)
+    after = snapshot(model)
+    assert after.keys() == before.keys() and not any("lora" in type(m).__name__.lower() for m in model.modules())
+    assert all(after[n][0] == before[n][0] and torch.equal(after[n][1], before[n][1]) for n in before)
+
+
+def test_a_pickle_with_its_tensors_under_state_dict(shapes, tmp_path: Path) -> None:
+    """The relighting LoRA of Animate is a .ckpt of this shape."""
+    path = tmp_path / "relighting_lora.ckpt"
+    torch.save({"state_dict": SPELLINGS["peft of an adapter"](low_rank(shapes))}, path)
+    assert len(match(read_lora(path), shapes).changes) == 2 * len(LINEARS)
+
+
 def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is no LoRA"):
         read_lora(write(tmp_path / "dit.safetensors", {"blocks.0.self_attn.q.weight": torch.zeros(2, 2)}))
@@ -318,6 +357,20 @@ def test_joined_names_of_every_full_size_model_can_be_split(name: str) -> None:
     modules = {key.rpartition(".")[0] for key in manifest(name)}
     assert [module for module in modules if dotted(module.replace(".", "_")) != module] == []
     assert dotted("blocks_0_self_attn_q") != dotted("blocks_0_selfattn_q") and WORDS
+
+
+@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", "base_model.model."])
+def test_every_matrix_of_every_full_size_model_is_reached(name: str, prefix: str, tmp_path: Path) -> None:
+    """Whatever a variant adds, such as VACE's blocks or Animate's face adapter, has its place by its own name."""
+    shapes, header = manifest(name), {}
+    matrices = [key for key, shape in shapes.items() if len(shape) == 2 and key.endswith(".weight")]
+    for key in matrices:
+        module = key.removesuffix(".weight")
+        spelled = prefix + (module.replace(".", "_") if prefix == "lora_unet_" else module)
+        header |= {f"{spelled}.lora_A.weight": (4, shapes[key][1]), f"{spelled}.lora_B.weight": (shapes[key][0], 4)}
+    found = match(read_lora(write_sparse(tmp_path / "x.safetensors", header)), shapes)
+    assert not found.unmatched and sorted(change.target for change in found.changes) == sorted(matrices)
 
 
 def test_dialects_have_one_name_each() -> None:

@@ -35,12 +35,13 @@ def refuse_foreign(file: TensorFile) -> NoReturn:
     names = file.names
     kind = next((kind for pattern, kind in FOREIGN if any(re.fullmatch(pattern, name) for name in names)), None)
     what = f"is probably {kind}, not a model Kinema loads" if kind else "is of an unknown kind"
+    hint = "Expected: a Wan 2.1 or 2.2 DiT, a Wan VAE, a umT5 text encoder or the CLIP ViT-H vision encoder."
     if kind and kind.startswith(("a LoRA", "a LoHa")):
-        what = f"is {kind}, not a model"
+        what, hint = f"is {kind}, not a model", f"Pass it as --lora {file.path}; see: kinema lora inspect {file.path}"
     first = ", ".join(names[:10]) or "none"
     raise CheckpointError(
         f"{file.path} {what}; its first tensors are {first}",
-        "Expected: a Wan 2.1 or 2.2 DiT, a Wan VAE, a umT5 text encoder or the CLIP ViT-H vision encoder.",
+        hint,
         path=file.path,
         found=kind or "unknown",
         keys=list(names[:10]),

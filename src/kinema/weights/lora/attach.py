@@ -6,6 +6,7 @@ computed where they are read. Strengths are numbers on those modules, so they ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -114,20 +115,39 @@ def attach(model: nn.Module, loras: Sequence[LoraRef], dtype: torch.dtype) -> tu
     dtype   of the branches beside quantised layers; beside plain ones it is that of their weight.
 
     The size is the Frobenius norm of all a LoRA changes at strength 1, over that of the weights it changes.
-    Raises CheckpointError for files that are damaged or change nothing here.
+    Raises CheckpointError for files that are damaged, hold values that are not finite, or change nothing here; the
+    model is then as it was.
     """
     shapes = parameter_shapes(model)
-    sizes = []
-    for index, ref in enumerate(loras):
-        lora = read_lora(ref.path)
-        squares = [0.0, 0.0]
-        for change in chosen(lora, ref, shapes):
-            part, whole = _attach_one(model, lora, change, index, dtype)
-            squares[0] += part**2
-            squares[1] += whole**2
-        sizes.append((squares[0] / squares[1]) ** 0.5 if squares[1] else 0.0)
+    try:
+        sizes = tuple(_attach(model, read_lora(ref.path), ref, index, shapes, dtype) for index, ref in enumerate(loras))
+    except BaseException:
+        detach(model)
+        raise
     set_strengths(model, (0.0,) * len(loras))
-    return tuple(sizes)
+    return sizes
+
+
+def _attach(
+    model: nn.Module, lora: LoraFile, ref: LoraRef, index: int, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
+) -> float:
+    """Attach one LoRA; return the size of its change."""
+    changed = total = 0.0
+    for change in chosen(lora, ref, shapes):
+        part, whole = _attach_one(model, lora, change, index, dtype)
+        check_finite(lora, change, part)
+        changed, total = changed + part**2, total + whole**2
+    return (changed / total) ** 0.5 if total else 0.0
+
+
+def check_finite(lora: LoraFile, change: Change, norm: float) -> None:
+    """Raise CheckpointError for a change whose norm is not a number."""
+    if not math.isfinite(norm):
+        raise lora.error(
+            f"its change of {change.target} holds values that are not finite",
+            "The file is broken, or was saved in float16 and overflowed; take another.",
+            key=change.target,
+        )
 
 
 def chosen(lora: LoraFile, ref: LoraRef, shapes: dict[str, tuple[int, ...]]) -> list[Change]:

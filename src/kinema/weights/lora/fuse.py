@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kinema.lora import LoraRef
 from kinema.schema import ModelRef
-from kinema.weights.lora.attach import as_matrix, chosen, parameter_shapes
+from kinema.weights.lora.attach import as_matrix, check_finite, chosen, parameter_shapes
 from kinema.weights.lora.branches import Difference
 from kinema.weights.lora.file import Change, LoraFile, read_lora
 from kinema.weights.structure import build
@@ -46,7 +46,9 @@ class Fusion:
             if isinstance(branch, Difference):
                 branch.full = branch.full.reshape(before.shape)
             total.narrow(0, start, rows).add_(branch.change(before), alpha=strength)
-            self._squares[index][0] += branch.norm(before) ** 2
+            norm = branch.norm(before)
+            check_finite(lora, change, norm)
+            self._squares[index][0] += norm**2
             self._squares[index][1] += float(before.norm()) ** 2
         return total.view_as(weight)
 
