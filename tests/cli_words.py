@@ -16,6 +16,7 @@ VERBS = frozenset(
         "doctor",
         "replay",
         "decode",
+        "resume",
         "demo",
         "models",
         "control",
@@ -24,7 +25,6 @@ VERBS = frozenset(
         "lora convert",
         "lora merge",
         "lora extract",
-        "resume",
     }
 )
 

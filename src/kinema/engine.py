@@ -27,7 +27,8 @@ from kinema.clips.loop import Branches, make_clips
 from kinema.clips.tasks import clip_task
 from kinema.conditioning import media_conditions
 from kinema.conditioning_flux import flux_conditions
-from kinema.errors import Cancelled, KinemaError, NumericsError, OutputError
+from kinema.errors import Cancelled, KinemaError, MachineError, NumericsError, OutputError
+from kinema.kept_steps import STEPS_SUFFIX, KeptSteps, read_steps
 from kinema.media.background import BackgroundWriter
 from kinema.media.files import write_whole
 from kinema.media.preview import preview_rgb
@@ -39,8 +40,15 @@ from kinema.planning.cost import work
 from kinema.planning.inputs import encodes
 from kinema.residents import BackgroundHashes, Residents
 from kinema.runtime.finite import first_nonfinite
-from kinema.runtime.machine import PeakMemory, record_calibration
+from kinema.runtime.machine import (
+    PeakMemory,
+    free_memory,
+    is_out_of_memory,
+    keep_large_blocks_apart,
+    record_calibration,
+)
 from kinema.sampling.denoiser import Branch, noise, sample
+from kinema.sampling.solvers import Step
 from kinema.schema import (
     Event,
     Expert,
@@ -60,6 +68,7 @@ from kinema.schema import (
 )
 from kinema.survey import existing_names, survey
 from kinema.tensors import Conditions, Media
+from kinema.text_cache import TextCache, text_files, text_key
 from kinema.version import VERSION
 from kinema.weights.load import load_tokenizer
 
@@ -76,10 +85,11 @@ class Stages:
         self._device = device
         self._reports: dict[str, StageReport] = {}
         self._counts: Counter[str] = Counter()
+        self.now = ""
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
-        began = time.perf_counter()
+        began, self.now = time.perf_counter(), stage
         with PeakMemory(self._device) as peak:
             yield
         seconds = time.perf_counter() - began
@@ -142,6 +152,9 @@ class Engine:
         self._models = Residents()
         self._hashes = BackgroundHashes(self.settings.cache)
         self._texts: dict[tuple[ModelRef, int, str], Tensor] = {}
+        self._new_texts: list[str] = []
+        self._text_cache = TextCache(self.settings.cache / "texts" if self.settings.cache else None)
+        keep_large_blocks_apart()
 
     def __enter__(self) -> Engine:
         return self
@@ -171,33 +184,86 @@ class Engine:
         """Yield what happens, one Result a seed. `cancelled` is asked between steps; so is closing the generator.
 
         Raises NumericsError rather than deliver a broken video, OutputError (with the latents kept and the
-        command that finishes the job) where decoding or writing fails, Cancelled.
+        command that finishes the job) where decoding or writing fails, Cancelled. Where memory runs out, MachineError
+        with what would fit: all of it is then free again, and the next run may come.
         """
         yield from plan.notes
         stages = Stages(plan.device)
         self._hashes.begin(plan.files)
+        yield from self._within_memory(plan, stages, self._run(plan, stages, cancelled))
+
+    def _run(
+        self, plan: Plan, stages: Stages, cancelled: Stop, first: int = 0, after: Step | None = None
+    ) -> Iterator[Event]:
+        """All seeds from number `first` on, of which that one goes on behind the step `after`."""
         if plan.clips:
             for index in range(len(plan.seeds)):
                 single = self._single(plan, index)
                 yield from self._clips(single, KeptClips(single, _beside(single, CLIPS_SUFFIX)), stages, cancelled)
         else:
             conditions = yield from self._encode(plan, stages, cancelled)
-            for index, seed in enumerate(plan.seeds):
+            for index, seed in list(enumerate(plan.seeds))[first:]:
                 start = noise(seed, (1, *plan.latent))
-                meter = Meter("sample", len(plan.steps), seed)
-                latents_CFhw = yield from self._sample(plan, start, conditions, stages, cancelled, meter)
-                yield from self._finish(self._single(plan, index), seed, latents_CFhw, stages, cancelled)
+                done = after.index + 1 if after is not None else 0
+                meter = Meter("sample", len(plan.steps) - done, seed)
+                single = self._single(plan, index)
+                kept = KeptSteps(plan, index, _beside(single, STEPS_SUFFIX))
+                try:
+                    latents_CFhw = yield from self._sample(
+                        plan, start, conditions, stages, cancelled, meter, kept, after
+                    )
+                except Exception as error:
+                    if not kept.hint():
+                        raise
+                    raise _hinted(error, kept.hint(), steps=str(kept.path)) from error
+                yield from self._finish(single, seed, latents_CFhw, stages, cancelled)
+                kept.remove()
+                after = None
+        self._keep_texts(plan)
         self._calibrate(plan, stages)
 
-    def resume(self, folder: Path, request: Request | None = None, cancelled: Stop = lambda: False) -> Iterator[Event]:
-        """Go on with a video made clip by clip, from the folder in which its finished clips were kept.
+    def _within_memory(self, plan: Plan, stages: Stages, running: Iterator[Event]) -> Iterator[Event]:
+        """What happens; where memory runs out, everything is dropped and the error says what would fit."""
+        ended: OutputError | None = None
+        try:
+            yield from running
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # Its frames hold the tensors that took the memory: only what it said is kept.
+            ended = OutputError(str(error), **getattr(error, "details", {}))
+        if ended is None:
+            return
+        self.release()
+        free = free_memory(plan.device)
+        fits = memory.smaller(plan, stages.now, free)
+        kept = ended.details.get("latents") or ended.details.get("steps")
+        verb = "decode" if "latents" in ended.details else "resume"
+        hints = ["pass " + ", or ".join(fits)] if fits else ["take a smaller model, or another machine"]
+        hints += [f"what is done is kept: kinema {verb} {kept}"] if kept else []
+        raise MachineError(
+            f"memory ran out in the stage {stages.now}: {ended.message.splitlines()[0][:200]}",
+            "; ".join(hints),
+            **{**ended.details, "stage": stages.now, "have": free, "fits": fits},
+        )
 
-        It goes where it was meant to, or where the output fields of `request` say. Raises as `run` does.
+    def resume(self, path: Path, request: Request | None = None, cancelled: Stop = lambda: False) -> Iterator[Event]:
+        """Go on with a video that was stopped: from a file of saved steps, or from a folder of finished clips.
+
+        It goes where it was meant to, or, clips, where the output fields of `request` say. Raises as `run` does.
         """
-        kept = KeptClips.open(folder)
-        plan = self._output_as_asked(folder, kept.plan, request or Request())
+        if path.is_dir():
+            kept = KeptClips.open(path)
+            plan = self._output_as_asked(path, kept.plan, request or Request())
+            stages = Stages(plan.device)
+            self._hashes.begin(plan.files)
+            yield from self._within_memory(plan, stages, self._clips(plan, kept, stages, cancelled))
+            return
+        plan, index, after = read_steps(path)
+        stages = Stages(plan.device)
         self._hashes.begin(plan.files)
-        yield from self._clips(plan, kept, Stages(plan.device), cancelled)
+        yield from self._within_memory(plan, stages, self._run(plan, stages, cancelled, index, after))
+        path.unlink(missing_ok=True)
 
     def decode(self, path: Path, request: Request | None = None, cancelled: Stop = lambda: False) -> Iterator[Event]:
         """Make the video of a latents file, beside it or where the output fields of `request` say.
@@ -215,7 +281,8 @@ class Engine:
         if kept is not None:
             yield from self._clips(plan, kept, stages, cancelled)
         else:
-            yield from self._finish(plan, plan.seeds[0], latents_CFhw, stages, cancelled, kept=path)
+            finishing = self._finish(plan, plan.seeds[0], latents_CFhw, stages, cancelled, kept=path)
+            yield from self._within_memory(plan, stages, finishing)
 
     # --- stages --------------------------------------------------------------------------------------
 
@@ -253,7 +320,14 @@ class Engine:
     def _encode_texts(self, plan: Plan, texts: list[str]) -> list[Tensor]:
         """Rows of each text, from memory where it was encoded before."""
         keys = [(plan.text_encoder, plan.text_len, text) for text in texts]
+        hashes = self._hashes.ready(text_files(plan))
+        for text, key in zip(texts, keys, strict=True):
+            name = text_key(plan, text, hashes) if key not in self._texts else None
+            rows = self._text_cache.get(name) if name else None
+            if rows is not None:
+                self._texts[key] = rows
         new = [text for text, key in zip(texts, keys, strict=True) if key not in self._texts]
+        self._new_texts += new
         if new:
             encoder = cast(UMT5, self._get(plan, plan.text_encoder))
             ref = plan.text_encoder
@@ -267,6 +341,16 @@ class Engine:
         self._texts = dict(list({**older, **wanted}.items())[-KEPT_TEXTS:])
         return [wanted[key] for key in keys]
 
+    def _keep_texts(self, plan: Plan) -> None:
+        """Put what was encoded in this run on disk: by now the hashes of the encoder's files are there."""
+        new, self._new_texts = self._new_texts, []
+        if new and self.settings.cache is not None:
+            hashes = self._hashes.collect(plan.files)
+            for text in new:
+                rows, name = self._texts.get((plan.text_encoder, plan.text_len, text)), text_key(plan, text, hashes)
+                if rows is not None and name is not None:
+                    self._text_cache.put(name, rows)
+
     @torch.inference_mode()
     def _sample(
         self,
@@ -276,11 +360,14 @@ class Engine:
         stages: Stages,
         cancelled: Stop,
         meter: Meter,
+        kept: KeptSteps | None = None,
+        after: Step | None = None,
     ) -> Generator[Event, None, Tensor]:
         device = torch.device(plan.device)
         together = any(ref.resident_blocks is not None for ref in plan.experts.values())
         velocity = ops.Velocity(partial(self._expert, plan), conditions, device, together)
-        first = plan.experts[plan.steps[0].expert]
+        first = plan.experts[plan.steps[after.index + 1 if after else 0].expert]
+        after = after and replace(after, memory=tuple(tensor.to(device) for tensor in after.memory))
         if first not in self._models:
             with stages.measure("load"):
                 yield (loading := Meter("load", 1)).start()
@@ -291,7 +378,9 @@ class Engine:
         with stages.measure("sample"):
             yield meter.start()
             try:
-                for step in sample(plan.steps, plan.solver, start_BCFhw.to(device), velocity, clean):
+                for step in sample(plan.steps, plan.solver, start_BCFhw.to(device), velocity, clean, after):
+                    if kept is not None:
+                        kept.keep(step)
                     yield meter.tick()
                     _stop_if(cancelled)
                     if plan.output.preview is not None:

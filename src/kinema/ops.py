@@ -86,7 +86,8 @@ class Velocity:
         """The step's model with its LoRAs as strong as the step has them; what was prepared by another is dropped."""
         if self._current is None or self._current[:2] != (step.expert, step.loras):
             # A run crosses the boundary once, and changes strengths seldom: what is dropped is not asked for again.
-            self._contexts = {}
+            # It has to be let go of before the next model asks for its room.
+            self._contexts, self._current, self.last = {}, None, None
             model = self._load(step.expert)
             set_strengths(model, step.loras)
             self._current = (step.expert, step.loras, model)

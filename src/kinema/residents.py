@@ -6,9 +6,11 @@ Owns loaded modules and the hashes of their files. Knows nothing of requests or 
 from __future__ import annotations
 
 import gc
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,14 @@ class BackgroundHashes:
     def collect(self, files: Iterable[Path]) -> dict[str, str]:
         """Return the hash of each file by its path, waiting for those under way."""
         return {str(file): self._pending[file].result() for file in files}
+
+    def ready(self, files: Iterable[Path], seconds: float = 0.2) -> dict[str, str]:
+        """Return the hashes, by path, of those files that are known now or in a moment."""
+        known, until = {}, time.monotonic() + seconds
+        for file in files:
+            with suppress(Exception):  # what is wrong with a file is told when its hash is needed
+                known[str(file)] = self._pending[file].result(timeout=max(0.0, until - time.monotonic()))
+        return known
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

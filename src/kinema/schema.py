@@ -201,6 +201,9 @@ class Request(Frozen):
     overwrite: bool = _field("output", "Replace files that exist.", False)
     quality: int | None = _field("output", "0 (smallest) to 100 (best) of the video encoder.", ge=0, le=100)
     preview: Path | None = _field("output", "PNG that shows a live preview frame while sampling.")
+    save_steps: float | None = _field(
+        "output", "Seconds between saved steps, from which `kinema resume` goes on; 0 saves each. Default: 60.", ge=0
+    )
     strip: bool = _field("output", "Leave the plan out of the output file, and write none beside it.", False)
 
 

@@ -251,18 +251,22 @@ def drive(
 
 
 def resume(
-    call: Call, folder: Annotated[Path, Parameter(name="FOLDER", help="NAME.clips, left by a run that stopped")], /
+    call: Call,
+    kept: Annotated[Path, Parameter(name="PATH", help="saved steps or finished clips that a stopped run left")],
+    /,
 ) -> int:
-    """Go on with a video made clip by clip, from its finished clips."""
+    """Go on with a run that was stopped, to the same bits as if it had not been."""
     request = make_request(call.fields)
     from kinema.engine import Engine
 
+    if not kept.exists():
+        raise RequestError(f"{kept}: no such file or folder", "check the path", field="PATH", got=str(kept))
     with (
         make_teller(call.json) as teller,
         Engine(call.configuration.settings) as engine,
         Interruption() as cancelled,
     ):
-        for event in engine.resume(folder, request, cancelled=cancelled):
+        for event in engine.resume(kept, request, cancelled=cancelled):
             teller.event(event)
     return 0
 
@@ -356,10 +360,10 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(convert, ("overwrite",)),
     "doctor": Command(doctor),
     "replay": Command(replay),
+    "resume": Command(resume, ("output", "save", "overwrite", "quality", "strip")),
     "decode": Command(decode, ("output", "save", "overwrite", "quality", "strip")),
     "drive": Command(drive, ("reference", "mask", "size", "frames", "fps", "device", "save", "overwrite", "quality")),
     "control": Command(control, ("size", "frames", "fps", "device", "save", "overwrite", "quality")),
-    "resume": Command(resume, ("output", "save", "overwrite", "quality", "strip")),
     "demo": Command(demo, ("prompt", "first", "last", "seed", "steps", "device", "output", "save", "overwrite")),
     "models": Command(store.models),
     "models search": Command(store.search),

@@ -458,3 +458,19 @@ def resized(plan: Plan, frames: int, width: int, height: int) -> Plan:
     tokens = round(plan.tokens * latent[1] * latent[2] * latent[3] / cells)
     shape = {"frames": frames, "width": width, "height": height, "latent": latent, "tokens": tokens}
     return plan.model_copy(update=shape)
+
+
+def smaller(plan: Plan, stage: str, free: int) -> list[str]:
+    """Return what to type where `stage` ran out of memory though the plan fitted: a limit that leaves room, or less.
+
+    free   bytes of the device that there are once everything is dropped.
+    """
+    flag = "--ram" if plan.device == "cpu" else "--vram"
+    reached = next((device_need(plan, cost) for cost in costs(plan) if cost.stage == stage), free)
+    limit = int(min(free or reached, 0.85 * reached))
+    request = plan.request.model_copy(update=dict.fromkeys(("vram", "ram", *plan.limits.given)))
+    tight = plan.limits.model_copy(update={"device": limit, "given": ()})
+    tight_plan = _as_asked(plan.model_copy(update={"limits": tight, "tile": None}), request)
+    if not shortfall(_fitted(tight_plan, request)):
+        return [f"{flag} {limit / 1e9:.2f}GB"]
+    return nearest(tight_plan, request)

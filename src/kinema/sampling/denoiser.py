@@ -6,6 +6,7 @@ Owns the loop around a solver. Knows models only as a callable, and the plan onl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal, Protocol
 
 import torch
@@ -79,10 +80,12 @@ def sample(
     noise_BCFhw: Tensor,
     velocity: ExpertVelocity,
     clean_BCFhw: Tensor | None = None,
+    after: Step | None = None,
 ) -> Iterator[Step]:
     """Yield each denoising step; the `x` of the last one is the finished latents, normalised, float32.
 
     noise_BCFhw  float32 on the device to run on.
+    after        a step yielded by such a run before: this one goes on behind it, with the same numbers.
 
     The solver's history runs on across the switch of experts, as in the official code. Clean latents
     are in every x the model sees and every x yielded; the solver's own values under them are free,
@@ -91,9 +94,9 @@ def sample(
     """
     denoiser = Denoiser(plan_steps, velocity, clean_BCFhw)
     sigmas = (*(step.sigma for step in plan_steps), 0.0)
-    for step in SOLVERS[solver](denoiser, noise_BCFhw, sigmas):
+    for step in SOLVERS[solver](denoiser, noise_BCFhw, sigmas, after):
         denoiser.check(step.x, step.index, "the result")
-        yield Step(step.index, denoiser.impose(step.x), denoiser.impose(step.x0))
+        yield replace(step, x=denoiser.impose(step.x), x0=denoiser.impose(step.x0))
 
 
 def noise(seed: int, shape: Sequence[int]) -> Tensor:

@@ -22,14 +22,18 @@ Velocity = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """One step done. `x` is the state at sigmas[index + 1], `x0` the clean sample predicted at sigmas[index]."""
+    """One step done. `x` is the state at sigmas[index + 1], `x0` the clean sample predicted at sigmas[index].
+
+    memory   all that the solver needs to go on after it: passed back as `after`, it gives the same steps bit for bit.
+    """
 
     index: int
     x: Tensor
     x0: Tensor
+    memory: tuple[Tensor, ...] = ()
 
 
-def unipc(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[Step]:
+def unipc(velocity: Velocity, x: Tensor, sigmas: Sequence[float], after: Step | None = None) -> Iterator[Step]:
     """UniPC of order 2 with the B2(h) = exp(h) - 1 variant, predicting x0; first and last step of order 1.
 
     Each model output first corrects the step that led to it, then predicts the next. The x0
@@ -41,7 +45,10 @@ def unipc(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[St
     history: list[Tensor] = []  # x0 predictions, newest last, two at most
     order = 1
     last = len(sigmas) - 2
-    for index in range(last + 1):
+    if after is not None:
+        x, before, *history = after.memory
+        order = 1 if after.index in (0, last) else 2
+    for index in range(_first(after), last + 1):
         m = x - sigmas[index] * velocity(x, index).float()
         if index > 0:
             x = _unipc_correct(before, m, history, sigmas[: index + 1], order)
@@ -49,10 +56,10 @@ def unipc(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[St
         before = x
         order = 1 if index in (0, last) else 2
         x = _multistep(x, history, sigmas[: index + 2], order)
-        yield Step(index, x, m)
+        yield Step(index, x, m, (x, before, *history))
 
 
-def dpmpp(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[Step]:
+def dpmpp(velocity: Velocity, x: Tensor, sigmas: Sequence[float], after: Step | None = None) -> Iterator[Step]:
     """DPM-Solver++ 2M, midpoint; first and last step of order 1.
 
     Source: Wan-Video/Wan2.2 wan/utils/fm_solvers.py (Apache-2.0); arXiv:2211.01095.
@@ -60,20 +67,26 @@ def dpmpp(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[St
     x = x.float()
     history: list[Tensor] = []
     last = len(sigmas) - 2
-    for index in range(last + 1):
+    if after is not None:
+        x, *history = after.memory
+    for index in range(_first(after), last + 1):
         history = [*history[-1:], x - sigmas[index] * velocity(x, index).float()]
         x = _multistep(x, history, sigmas[: index + 2], 1 if index in (0, last) else 2)
-        yield Step(index, x, history[-1])
+        yield Step(index, x, history[-1], (x, *history))
 
 
-def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[Step]:
+def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float], after: Step | None = None) -> Iterator[Step]:
     """Plain Euler steps in sigma, order 1, no history."""
-    x = x.float()
-    for index in range(len(sigmas) - 1):
+    x = x.float() if after is None else after.memory[0]
+    for index in range(_first(after), len(sigmas) - 1):
         v = velocity(x, index).float()
         x0 = x - sigmas[index] * v
         x = x + (sigmas[index + 1] - sigmas[index]) * v
-        yield Step(index, x, x0)
+        yield Step(index, x, x0, (x,))
+
+
+def _first(after: Step | None) -> int:
+    return 0 if after is None else after.index + 1
 
 
 def _multistep(x: Tensor, history: Sequence[Tensor], sigmas: Sequence[float], order: int) -> Tensor:
@@ -115,7 +128,7 @@ def _lambda(sigma: float) -> float:
     return math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf
 
 
-SOLVERS: dict[Solver, Callable[[Velocity, Tensor, Sequence[float]], Iterator[Step]]] = {
+SOLVERS: dict[Solver, Callable[[Velocity, Tensor, Sequence[float], Step | None], Iterator[Step]]] = {
     "unipc": unipc,
     "dpmpp": dpmpp,
     "euler": euler,

@@ -1,0 +1,212 @@
+"""Runs that were stopped go on, runs that do not fit end alone: kills, memory that runs out, jobs after jobs."""
+
+from __future__ import annotations
+
+import gc
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kinema.engine import Engine
+from kinema.errors import CheckpointError, MachineError
+from kinema.models.encoders import UMT5
+from kinema.models.wan import WanDiT
+from kinema.models.wan_vae import WanVAE
+from kinema.runtime.machine import is_out_of_memory
+from kinema.schema import Progress, Request, Result
+from kinema.text_cache import TextCache
+from tiny_world import TinyWorld, picture
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_world: TinyWorld) -> Iterator[Engine]:
+    with Engine(tiny_world.settings) as engine:
+        yield engine
+
+
+def request(save: Path, model: str = "tiny-t2v", **fields: object) -> Request:
+    return Request(model=model, prompt="a cat walks", seed=3, device="cpu", save=save, **fields)
+
+
+def finish(engine: Engine, asked: Request) -> Result:
+    return [event for event in engine.run(engine.plan(asked)) if isinstance(event, Result)][-1]
+
+
+# --- steps that are done stay done -----------------------------------------------------------------
+
+RUN = """
+import os, signal, sys
+from pathlib import Path
+from kinema.engine import Engine
+from kinema.schema import Progress, Request, Settings
+root, save, solver, stop = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+with Engine(Settings(models=(root,), catalogs=(root / "tiny.toml",))) as engine:
+    plan = engine.plan(Request(model="tiny-t2v-two", prompt="a cat walks", device="cpu", save=save, solver=solver,
+                               steps=6, save_steps=0, seeds=(3, 4)))
+    for event in engine.run(plan):
+        if isinstance(event, Progress) and event.stage == "sample" and event.seed == 4 and event.done == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("solver", "stop"), [("unipc", 1), ("unipc", 4), ("dpmpp", 3), ("euler", 5)])
+def test_a_killed_run_goes_on_to_the_same_bits(
+    tiny_world: TinyWorld, engine: Engine, tmp_path: Path, solver: str, stop: int
+) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    done = subprocess.run([sys.executable, "-c", RUN, str(tiny_world.root), str(killed / "x.latents.safetensors"),
+                           solver, str(stop)], capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (steps,) = killed.glob("*.steps.safetensors")
+    assert (killed / "x-3.latents.safetensors").exists() and not (killed / "x-4.latents.safetensors").exists()
+    told = [event for event in engine.resume(steps) if isinstance(event, Progress) and event.stage == "sample"]
+    assert told[0].total == 6 - stop, "only what was left"
+    asked = Request(model="tiny-t2v-two", prompt="a cat walks", device="cpu", solver=solver, steps=6, seed=4,
+                    save=whole / "x.latents.safetensors")  # fmt: skip
+    finish(engine, asked)
+    assert torch.equal(
+        load_file(killed / "x-4.latents.safetensors")["latents"], load_file(whole / "x.latents.safetensors")["latents"]
+    )
+    assert not steps.exists()
+
+
+def test_steps_of_changed_files_and_foreign_files_are_refused(tiny_world: TinyWorld, engine: Engine, tmp_path: Path):
+    copy = tmp_path / "dit.safetensors"
+    copy.write_bytes(tiny_world.file("diffusion_models/t2v.safetensors").read_bytes())
+    running = engine.run(engine.plan(request(tmp_path / "x.mp4", dit=copy, save_steps=0, steps=4)))
+    for event in running:
+        if isinstance(event, Progress) and event.stage == "sample" and event.done == 2:
+            break
+    running.close()
+    (steps,) = tmp_path.glob("*.steps.safetensors")
+    copy.write_bytes(copy.read_bytes())
+    with pytest.raises(CheckpointError, match="has changed since"):
+        list(engine.resume(steps))
+    with pytest.raises(CheckpointError, match="no saved steps"):
+        list(engine.resume(copy))
+
+
+def test_a_run_of_seconds_leaves_no_steps(engine: Engine, tmp_path: Path) -> None:
+    finish(engine, request(tmp_path / "x.mp4"))
+    assert not list(tmp_path.glob("*.steps.safetensors"))
+
+
+# --- memory that runs out --------------------------------------------------------------------------
+
+
+def exhausted(*_: object, **__: object) -> None:
+    """Ask torch for more than any machine has: its own error, of its own allocator."""
+    torch.empty(2**55, dtype=torch.uint8)
+
+
+STAGES = {
+    "encode text": (UMT5, "encode"),
+    "encode images": (WanVAE, "encode"),
+    "load": (WanDiT, "requires_grad_"),
+    "sample": (WanDiT, "forward"),
+    "decode": (WanVAE, "decode_chunks"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_memory_that_runs_out_ends_that_job_alone(
+    tiny_world: TinyWorld, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(tmp_path / "first.png")
+    ask = {"model": "tiny-i2v-two", "first": tmp_path / "first.png", "save_steps": 0.0, "steps": 4}
+    with Engine(tiny_world.settings) as engine:
+        want = finish(engine, request(tmp_path / "want.latents.safetensors", **ask)).paths[0]
+        plan = engine.plan(request(tmp_path / "x.mp4", **ask))
+        engine.release()
+        owner, name = STAGES[stage]
+        with monkeypatch.context() as patch, pytest.raises(MachineError) as caught:
+            patch.setattr(owner, name, exhausted)
+            list(engine.run(plan))
+        assert caught.value.details["stage"] == stage and stage in caught.value.message
+        assert caught.value.hint and "allocate" in caught.value.message
+        assert len(engine._models) == 0 and not engine._texts
+        assert stage != "decode" or "kinema decode" in caught.value.hint
+        again = finish(engine, request(tmp_path / "again.latents.safetensors", **ask)).paths[0]
+    assert torch.equal(load_file(want)["latents"], load_file(again)["latents"])
+
+
+def test_other_errors_are_not_taken_for_it() -> None:
+    assert not is_out_of_memory(RuntimeError("shape mismatch")) and not is_out_of_memory(None)
+    outer = ValueError("x")
+    outer.__cause__ = MemoryError()
+    assert is_out_of_memory(outer) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+# --- texts on disk ---------------------------------------------------------------------------------
+
+
+def test_encoded_texts_are_kept_on_disk_by_content(
+    tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_world.settings.model_copy(update={"cache": tmp_path / "cache"})
+    with Engine(settings) as engine:
+        want = finish(engine, request(tmp_path / "a.latents.safetensors")).paths[0]
+    entries = sorted((tmp_path / "cache/texts").iterdir())
+    assert len(entries) == 2, "the prompt and the negative prompt"
+    used = []
+    original = UMT5.encode
+    monkeypatch.setattr(UMT5, "encode", lambda self, *args: used.append(1) or original(self, *args))
+    with Engine(settings) as engine:
+        # Hashes come out of their cache in a moment, but in a thread.
+        engine._hashes.begin(engine.plan(request(tmp_path / "b.latents.safetensors")).files)
+        engine._hashes.collect(engine.plan(request(tmp_path / "b.latents.safetensors")).files)
+        got = finish(engine, request(tmp_path / "b.latents.safetensors")).paths[0]
+    assert not used and torch.equal(load_file(got)["latents"], load_file(want)["latents"])
+    entries[0].write_bytes(entries[0].read_bytes()[:-1] + b"\x55")
+    with Engine(settings) as engine:
+        plan = engine.plan(request(tmp_path / "c.latents.safetensors"))
+        engine._hashes.begin(plan.files)
+        engine._hashes.collect(plan.files)
+        list(engine.run(plan))
+        assert engine._text_cache.damaged == 1
+    assert used and torch.equal(load_file(tmp_path / "c.latents.safetensors")["latents"], load_file(want)["latents"])
+
+
+def test_the_text_cache_keeps_within_bounds(tmp_path: Path) -> None:
+    cache = TextCache(tmp_path, limit=10_000)
+    for number in range(20):
+        cache.put(f"{number:02}", torch.full((10, 20), float(number)))
+    kept = sorted(path.stem for path in tmp_path.iterdir())
+    assert 5 < len(kept) < 12 and kept[-1] == "19" and cache.get("19").mean() == 19 and cache.get("00") is None
+    assert TextCache(None).get("x") is None
+
+
+# --- jobs after jobs -------------------------------------------------------------------------------
+
+
+def anonymous() -> int:
+    gc.collect()
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts anonymous memory here")
+@pytest.mark.parametrize("leak", [False, True])
+def test_memory_is_flat_over_many_jobs(tiny_world: TinyWorld, tmp_path: Path, leak: bool) -> None:
+    """A smaller count than the logged one; a planted leak of 100 kB a job must show."""
+    held = []
+    with Engine(tiny_world.settings) as engine:
+
+        def jobs(first: int, count: int) -> None:
+            for number in range(first, first + count):
+                ask = Request(model="tiny-t2v", prompt=f"a cat {number % 40}", seed=number, steps=1, guidance=1.0,
+                              device="cpu", save=tmp_path / "x.latents.safetensors", overwrite=True)  # fmt: skip
+                finish(engine, ask)
+                held.extend([torch.ones(100_000, dtype=torch.uint8)] if leak else [])
+
+        jobs(0, 40)
+        before = anonymous()
+        jobs(40, 80)
+        grown = anonymous() - before
+    assert (grown > 6_000_000) == leak, f"{grown} bytes over 80 jobs"
