@@ -310,6 +310,7 @@ class FileFacts(Frozen):
 class MediaFacts(Frozen):
     """What one input image, video or sound says of itself. Sizes are after rotation metadata.
 
+    files          of a folder of images, those it holds, in order.
     frames         of a camera file, the poses in it.
     fps            of a video, the mean where its rate varies; None where there is no time, as in a folder of frames.
     seconds        of a video from the first frame's start to the last one's end, less the tick that times are rounded
@@ -318,6 +319,7 @@ class MediaFacts(Frozen):
     """
 
     path: Path
+    files: tuple[Path, ...] = ()
     kind: Literal["image", "video", "audio", "camera"]
     width: int = 0
     height: int = 0
@@ -601,12 +603,14 @@ class VideoPlan(Frozen):
     """How one input video is brought to the rate, length and size of the one that is made.
 
     frames  how many are used, from the first on; they are frames 0, 1, ... of the result.
+    files   of a folder, the images in it.
     still   it is one picture: of a mask, that of every frame.
     fit     crop it at its centre, or show it whole, with bars that are made.
     """
 
     role: str
     path: Path
+    files: tuple[Path, ...] = ()
     fps: float
     frames: int
     still: bool = False
@@ -780,7 +784,7 @@ class Plan(Frozen):
         weights = [file for ref in refs for file in ref.files]
         loras = [lora.path for ref in refs for lora in ref.loras]
         others = [self.text_encoder.tokenizer, *(image.path for image in self.images)]
-        others += [video.path for video in self.videos]
+        others += [file for video in self.videos for file in video.files or (video.path,)]
         others += [self.camera.path] if self.camera else []
         others += [self.speech.audio, self.speech.pose] if self.speech else []
         others += [self.sound.path] if self.sound else []

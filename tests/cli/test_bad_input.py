@@ -19,7 +19,7 @@ from PIL import Image
 import kinema.residents
 from checkpoints import manifest, write_sparse
 from conftest import Cli
-from tiny_world import picture, spiece_model
+from tiny_world import film, picture, spiece_model
 
 DITS = {
     "wan2.1_t2v_1.3B_fp16": "wan2.1_t2v_1.3B",
@@ -31,6 +31,11 @@ DITS = {
     "wan2.2_i2v_low_noise_14B_fp16": "wan2.2_i2v_a14B",
     "wan2.2_i2v_high_noise_14B_fp16": "wan2.2_i2v_a14B",
     "wan2.2_ti2v_5B_fp16": "wan2.2_ti2v_5B",
+    "wan2.1_vace_1.3B_fp16": "wan2.1_vace_1.3B",
+    "wan2.2_fun_control_low_noise_14B_bf16": "wan2.2_fun_control_a14B",
+    "wan2.2_fun_control_high_noise_14B_bf16": "wan2.2_fun_control_a14B",
+    "wan2.2_fun_camera_low_noise_14B_bf16": "wan2.2_fun_camera_a14B",
+    "wan2.2_fun_camera_high_noise_14B_bf16": "wan2.2_fun_camera_a14B",
 }
 LORA = {f"diffusion_model.blocks.{i}.self_attn.q.lora_A.weight": (16, 5120) for i in range(2)}
 LORA_UP = {f"diffusion_model.blocks.{i}.self_attn.q.lora_B.weight": (5120, 16) for i in range(2)}
@@ -69,6 +74,9 @@ def _fill(media: Path, models: Path) -> None:
     (media / "cut.png").write_bytes(whole[: len(whole) // 2])
     (media / "empty.png").write_bytes(b"")
     (media / "text.png").write_text("not a picture")
+    film(media / "film.mp4", frames=5, width=64, height=32, fps=16)
+    film(media / "short.mp4", frames=2, width=64, height=32, fps=16)
+    picture(media / "tall.png", 32, 64)
     (media / "clip.mp4").write_bytes(b"\0\0\0\x18ftypisom" + b"\0" * 64)
     (media / "folder.png").mkdir()
     (media / "folder.mp4").mkdir()
@@ -113,6 +121,9 @@ I2V = "--model wan2.2-i2v-a14b"
 CLIP = "--model wan2.1-i2v-14b-720p"
 FLF = "--model wan2.1-flf2v-14b"
 TI2V = "--model wan2.2-ti2v-5b"
+VACE = "--model wan2.1-vace-1.3b"
+CONTROL = "--model wan2.2-fun-control-a14b"
+CAMERA = "--model wan2.2-fun-camera-a14b"
 REQUEST, CATALOG, CHECKPOINT, MACHINE = "RequestError", "CatalogError", "CheckpointError", "MachineError"
 CODES = {REQUEST: 2, CATALOG: 3, CHECKPOINT: 4, MACHINE: 5}
 
@@ -334,6 +345,43 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         MACHINE,
         ("does not multiply fp8", "leave --fp8-matmul out"),
     ),
+    # control, masks, camera
+    "control for a text model": (f"cat {T2V} --control D/film.mp4", REQUEST, ("takes no control", "wan2.1-vace-14b")),
+    "control that is missing": (f"cat {CONTROL}", REQUEST, ("wan2.2-fun-control-a14b needs", "--control")),
+    "control that ends early": (
+        f"cat {CONTROL} --control D/film.mp4 --frames 81",
+        REQUEST,
+        ("film.mp4", "5 frames", "81", "--frames 5"),
+    ),
+    "control that is no video": (f"cat {VACE} --control D/clip.mp4", REQUEST, ("clip.mp4",)),
+    "control that is not there": (f"cat {VACE} --control D/fild.mp4", REQUEST, ("fild.mp4", "no such file")),
+    "control scale for a text model": (f"cat {T2V} --control-scale 0.5", REQUEST, ("--control-scale 0.5", "VACE")),
+    "control scale too large": (f"cat {VACE} --control-scale 11", REQUEST, ("11", "--control-scale 10")),
+    "mask alone": (f"cat {VACE} --mask D/cat.png", REQUEST, ("masks nothing", "--video VIDEO")),
+    "mask of another shape": (
+        f"cat {VACE} --video D/film.mp4 --mask D/tall.png",
+        REQUEST,
+        ("tall.png", "32x64", "64x32"),
+    ),
+    "mask that ends early": (
+        f"cat {VACE} --video D/film.mp4 --mask D/short.mp4 --frames 5",
+        REQUEST,
+        ("short.mp4", "2 frames", "5", "one image for all frames"),
+    ),
+    "video with nothing left to make": (
+        f"cat {VACE} --video D/film.mp4 --frames 5",
+        REQUEST,
+        ("film.mp4", "nothing is left to make", "--mask", "--outpaint", "--frames 9"),
+    ),
+    "outpaint nothing": (f"cat {VACE} --outpaint", REQUEST, ("no video was given", "--video VIDEO")),
+    "two references for one": (
+        f"cat {CONTROL} --control D/film.mp4 --reference D/cat.png --reference D/tall.png",
+        REQUEST,
+        ("one reference image, got 2", "VACE"),
+    ),
+    "camera that is missing": (f"cat {CAMERA} --first D/cat.png", REQUEST, ("needs a camera move", '"pan left"')),
+    "camera that is no move": (f"cat {CAMERA} --camera 'fly away'", REQUEST, ("'fly away' is no move", "dolly")),
+    "camera for a text model": (f"cat {T2V} --camera static", REQUEST, ("takes no camera", "wan2.2-fun-camera-a14b")),
     # outputs
     "output kind unknown": (f"cat {T2V} --output avi", REQUEST, ("'avi'", "mp4, webm, gif, webp, png, latents")),
     "output kind near": (f"cat {T2V} --output mp5", REQUEST, ("'mp5'", "--output mp4")),

@@ -176,3 +176,13 @@ def test_a_film_that_ends_before_it_said_is_refused(engine: Engine, ask: Any, tm
     film(tmp_path / "control.mp4", frames=3)
     with pytest.raises(RequestError, match="ends after 3 frames at 8 fps, not the 5 planned"):
         list(engine.run(plan))
+
+
+def test_folders_of_frames_are_videos(engine: Engine, ask: Any, tmp_path: Path) -> None:
+    for name in ("frames", "masks"):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            picture(tmp_path / name / f"frame_{number}.png", 32, 32, seed=number)
+    result = finish(engine, ask("tiny-vace", video=tmp_path / "frames", mask=tmp_path / "masks", frames=5))
+    assert {video.frames for video in result.plan.videos} == {5}
+    assert set(result.plan.hashes) >= {str(tmp_path / "frames" / f"frame_{number}.png") for number in range(5)}

@@ -276,3 +276,83 @@ def test_a_plan_survives_json() -> None:
 def test_planning_needs_no_torch() -> None:
     code = "import sys, kinema.planning; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- control, masks, references ----------------------------------------------------------------------
+
+
+def notes_of(made: Plan, about: str) -> str:
+    return "; ".join(note.text for note in made.notes if note.about == about)
+
+
+def test_the_length_is_that_of_the_control_up_to_the_model_s_own() -> None:
+    made = plan("wan2.1-vace-1.3b", {"control": video(frames=50)})
+    assert made.frames == 49 and "49: as long as video.mp4" in notes_of(made, "frames")
+    long = plan("wan2.1-vace-1.3b", {"control": video(frames=300)})
+    assert long.frames == 81 and "of the 300 frames of video.mp4 at 16 fps the first 81 are used" in notes_of(
+        long, "control"
+    )
+    assert plan("wan2.1-vace-1.3b", {"control": video(frames=50)}, frames=81).frames == 81
+
+
+def test_a_control_that_ends_early_is_refused_by_fun_and_noted_by_vace() -> None:
+    with pytest.raises(RequestError, match="has 50 frames at 16 fps; the video has 81") as caught:
+        plan("wan2.2-fun-control-a14b", {"control": video(frames=50)}, frames=81)
+    assert "--frames 49" in caught.value.hint
+    made = plan("wan2.1-vace-1.3b", {"control": video(frames=50)}, frames=81)
+    assert "ends with frame 50 of 81" in notes_of(made, "control")
+
+
+@pytest.mark.parametrize(("fps", "frames", "counted"), [(16, 81, 81), (25, 100, 64), (30, 150, 80), (8, 40, 80)])
+def test_frames_are_counted_at_the_model_s_rate(fps: float, frames: int, counted: int) -> None:
+    made = plan("wan2.1-vace-1.3b", {"control": video(frames=frames, fps=fps)}, frames=81)
+    assert made.videos[0].frames == counted and made.videos[0].fps == 16
+    assert ("read at 16 fps" in notes_of(made, "control")) == (fps != 16)
+
+
+def test_a_source_that_could_be_a_result_keeps_its_pixels() -> None:
+    def size(**media: object) -> tuple[int, int]:
+        made = plan("wan2.1-vace-1.3b", media)  # type: ignore[arg-type]
+        return made.width, made.height
+
+    assert size(control=video(832, 480)) == (832, 480)
+    assert size(control=video(640, 480)) == (640, 480)
+    assert size(control=video(1920, 1080)) == (832, 464)
+    assert size(control=video(320, 240)) == (720, 544), "a small one is enlarged to the model's area"
+    assert size(control=video(832, 480), first=image(480, 832)) == (480, 832), "the first image decides"
+
+
+def test_references_cost_a_latent_frame_each() -> None:
+    made = plan("wan2.1-vace-14b", {"reference": image(400, 800)}, size="832x480")
+    assert made.reference_frames == 1 and made.latent == (16, 22, 60, 104) and made.frames == 81
+    assert made.images[0].pad and "shown whole on white" in notes_of(made, "reference")
+
+
+def test_what_is_written_of_clip() -> None:
+    control, first, reference = video(), image(832, 480), image(400, 800)
+    seen = [
+        [image.role for image in plan("wan2.1-fun-control-14b", {"control": control, **given}).images if image.clip]
+        for given in ({}, {"first": first}, {"first": first, "reference": reference})
+    ]
+    assert seen == [[], ["first"], ["reference"]]
+
+
+def test_5b_models_overwrite_a_first_frame_that_is_known_whole() -> None:
+    def made(**given: object) -> str:
+        fields = {name: value for name, value in given.items() if not hasattr(value, "path")}
+        media = {name: value for name, value in given.items() if hasattr(value, "path")}
+        return plan("wan2.2-fun-inp-5b", media, **fields).first_frame  # type: ignore[arg-type]
+
+    clip = video(1280, 704, 49, 24)
+    assert made(first=image(1280, 704)) == "overwrite" and made(video=clip) == "overwrite"
+    assert made(video=clip, mask=image(1280, 704)) == "concat" and made() == "concat"
+    assert made(video=video(704, 704, 49, 24), outpaint=True, size="1280x704") == "concat"
+
+
+def test_outpainting_and_extension_are_told() -> None:
+    made = plan("wan2.1-vace-14b", {"video": video(720, 1280)}, outpaint=True, size="1280x720", frames=81)
+    assert made.videos[0].fit == "whole" and "shown whole inside 1280x720" in notes_of(made, "video")
+    made = plan("wan2.1-vace-14b", {"video": video(1280, 720, 33)})
+    assert made.frames == 81 and "frames 34 to 81 follow on video.mp4" in notes_of(made, "video")
+    with pytest.raises(RequestError, match="nothing is left to make"):
+        plan("wan2.1-vace-14b", {"video": video(1280, 720, 81)}, outpaint=True)

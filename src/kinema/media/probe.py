@@ -26,7 +26,7 @@ def probe(path: Path) -> MediaFacts:
     if path.is_dir():
         files = image_files(path)
         first = image_facts(files[0])
-        return first.model_copy(update={"path": path, "kind": "video", "frames": len(files)})
+        return first.model_copy(update={"path": path, "kind": "video", "frames": len(files), "files": tuple(files)})
     try:
         if is_webp(path):
             return _webp_facts(path)

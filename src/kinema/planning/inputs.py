@@ -137,13 +137,10 @@ def length_of_inputs(request: Request, entry: CatalogEntry, facts: Facts, fps: f
 
 
 def shown_frames(media: MediaFacts, fps: float) -> int:
-    """Return how many frames a video surely has when it is read at `fps`; a folder of images has each once.
-
-    The reader lets a picture begin up to a quarter of its length early, so that many frames fewer.
-    """
+    """Return how many frames a video has when it is read at `fps`; a folder of images has each once."""
     if not media.fps or not media.seconds:
         return media.frames
-    return max(1, math.ceil(media.seconds * fps - max(1.0, fps / media.fps) / 4 - 1e-6))
+    return max(1, math.ceil(media.seconds * fps - 1e-6))
 
 
 def plan_videos(
@@ -206,6 +203,7 @@ def _video(
     return VideoPlan(
         role=role,
         path=media.path,
+        files=media.files,
         fps=fps,
         frames=min(shown, frames),
         still=still,
