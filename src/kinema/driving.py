@@ -81,12 +81,11 @@ def make_driving(
     return outputs
 
 
-def generate_command(video: Path, request: Request, made: Mapping[str, Path]) -> str:
+def generate_command(request: Request, made: Mapping[str, Path]) -> str:
     """Return the command that makes a video of these driving videos."""
     reference = str(request.reference[0]) if request.reference else "IMAGE"
     files = [word for role, path in made.items() for word in (f"--{role}", str(path))]
-    sound = ["--video", str(video), "--keep-audio"]
-    return shlex.join(["kinema", "generate", "--model", "wan2.2-animate-14b", "--reference", reference, *files, *sound])
+    return shlex.join(["kinema", "generate", "--model", "wan2.2-animate-14b", "--reference", reference, *files])
 
 
 # --- poses ---------------------------------------------------------------------------------------

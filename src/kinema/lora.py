@@ -1,4 +1,4 @@
-"""LoRA as it is asked for and as its header shows it: LoraRef with its one-line syntax, and the facts planning sees.
+"""LoRA as it is asked for, as its header shows it, as it is published and as it is planned: the nouns, without tensors.
 
 No torch; what the tensors mean is kinema.weights.lora's.
 """
@@ -159,3 +159,70 @@ class LoraFacts(Frozen):
     total: int
     matches: dict[str, LoraMatch] = {}
     known: str | None = None
+
+
+class CatalogLora(Frozen):
+    """One published LoRA (of a two-expert model: the pair), and, where it is distilled, how it wants to be sampled.
+
+    files    glob patterns over a file's name or its folder/name, in any case.
+    used_by  models of the catalog it is known to serve, its own first; no pair of these is refused.
+    one_expert  which of a pair serves the models of `used_by` that have one expert.
+    sigmas   of each step, where they follow no shift.
+    steps, shift, guidance, solver, boundary  None leaves the model's own; without steps it is no preset.
+    """
+
+    name: str
+    title: str
+    files: tuple[str, ...]
+    used_by: tuple[str, ...]
+    one_expert: Literal["high", "low"] | None = None
+    steps: int | None = None
+    sigmas: tuple[float, ...] = ()
+    shift: float | None = None
+    guidance: float | None = None
+    solver: Literal["unipc", "dpmpp", "euler"] | None = None
+    boundary: float | None = None
+    source: str = ""
+    licence: str = ""
+
+    @property
+    def is_preset(self) -> bool:
+        return self.steps is not None
+
+
+class LoraPlan(Frozen):
+    """One LoRA on one expert: the report of what it changes.
+
+    matched, total  changes that have a place in the model, of all the file makes.
+    left_out        what has none, in words, and why that is no fault; chosen: how many the layer patterns leave.
+    change          size of the change at full strength: its norm over that of the weights it changes; from the run.
+    """
+
+    path: Path
+    expert: Literal["model", "high", "low"]
+    strength: float
+    dialect: str
+    algorithms: dict[str, int]
+    ranks: tuple[int, ...] = ()
+    matched: int
+    total: int
+    chosen: int
+    left_out: tuple[str, ...] = ()
+    known: str | None = None
+    bytes: int = 0
+    change: float | None = None
+
+    @property
+    def said(self) -> str:
+        """The report in one line."""
+        kinds = ", ".join(f"{count} {name}" for name, count in self.algorithms.items())
+        parts = [
+            self.path.name + ("" if self.expert == "model" else f" on the {self.expert}-noise expert"),
+            f": {self.matched} of {self.total} parts matched ({self.dialect} names, {kinds}",
+            f", rank {'-'.join(map(str, sorted({self.ranks[0], self.ranks[-1]})))})" if self.ranks else ")",
+            "" if self.chosen == self.matched else f", {self.chosen} of them chosen",
+            f", strength {self.strength:g}",
+        ]
+        if self.change is not None:
+            parts.append(f"; at strength 1 it changes those weights by {self.change:.2%} of their norm")
+        return "".join(parts)

@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
+from kinema.lora import CatalogLora as CatalogLora
 from kinema.lora import LoraFacts, LoraRef, parse_loras
+from kinema.lora import LoraPlan as LoraPlan
 
 Expert = Literal["model", "high", "low"]
 Solver = Literal["unipc", "dpmpp", "euler"]
@@ -151,6 +153,7 @@ class Request(Frozen):
     seconds: float | None = _field("shape", "Length in seconds, instead of frames.", gt=0)
     outpaint: bool = _field("shape", "Show the whole video inside the size, and make what is around it.", False)
     fps: float | None = _field("shape", "Frames per second of the file. Default: the model's own.", gt=0, le=240)
+    overlap: int | None = _field("shape", "Animate: frames of a clip that the next one goes on from, 1 (default) or 5.")
 
     seed: int | None = _field("sampling", "Seed of the noise; the same on every device.", ge=0, lt=2**63)
     count: int = _field("sampling", "How many videos; seeds count up from the seed.", 1, ge=1, le=10_000)
@@ -198,6 +201,7 @@ class Request(Frozen):
         "output", "mp4, webm, gif, webp, png, latents; several with commas. Default: mp4, or png for one frame.", ()
     )
     save: Path | None = _field("output", "File or folder to write to.")
+    keep_audio: bool = _field("output", "Animate: with the sound of the source video, or else the pose video.", False)
     overwrite: bool = _field("output", "Replace files that exist.", False)
     quality: int | None = _field("output", "0 (smallest) to 100 (best) of the video encoder.", ge=0, le=100)
     preview: Path | None = _field("output", "PNG that shows a live preview frame while sampling.")
@@ -244,35 +248,6 @@ class Settings(Frozen):
 
 
 # --- what was found out before the plan --------------------------------------------------------
-
-
-class CatalogLora(Frozen):
-    """One published LoRA (of a two-expert model: the pair), and, where it is distilled, how it wants to be sampled.
-
-    files    glob patterns over a file's name or its folder/name, in any case.
-    used_by  models of the catalog it is known to serve, its own first; no pair of these is refused.
-    one_expert  which of a pair serves the models of `used_by` that have one expert.
-    sigmas   of each step, where they follow no shift.
-    steps, shift, guidance, solver, boundary  None leaves the model's own; without steps it is no preset.
-    """
-
-    name: str
-    title: str
-    files: tuple[str, ...]
-    used_by: tuple[str, ...]
-    one_expert: Literal["high", "low"] | None = None
-    steps: int | None = None
-    sigmas: tuple[float, ...] = ()
-    shift: float | None = None
-    guidance: float | None = None
-    solver: Solver | None = None
-    boundary: float | None = None
-    source: str = ""
-    licence: str = ""
-
-    @property
-    def is_preset(self) -> bool:
-        return self.steps is not None
 
 
 class FileFacts(Frozen):
@@ -396,6 +371,7 @@ class CatalogEntry(Frozen):
     clip_frames  frames made at a time, of models that go on from their own frames clip by clip; history_frames: how
                  many of those before a clip it sees.
     by_area      the input image's aspect, at the area of `size`, is the default size.
+    prompt       what a request without a prompt says; negative likewise.
     shift_480p   shift at areas up to 832x480, where the official code has another one there.
     files        file names by role under a models folder, best first.
     """
@@ -429,6 +405,7 @@ class CatalogEntry(Frozen):
     guidance_high: float | None = None
     boundary: float | None = None
     solver: Solver = "unipc"
+    prompt: str = ""
     negative: str = ""
     licence: str = ""
     repositories: tuple[str, ...] = ()
@@ -518,44 +495,6 @@ class PlanStep(Frozen):
     expert: Expert
     guidance: float
     loras: tuple[float, ...] = ()
-
-
-class LoraPlan(Frozen):
-    """One LoRA on one expert: the report of what it changes.
-
-    matched, total  changes that have a place in the model, of all the file makes.
-    left_out        what has none, in words, and why that is no fault; chosen: how many the layer patterns leave.
-    change          size of the change at full strength: its norm over that of the weights it changes; from the run.
-    """
-
-    path: Path
-    expert: Expert
-    strength: float
-    dialect: str
-    algorithms: dict[str, int]
-    ranks: tuple[int, ...] = ()
-    matched: int
-    total: int
-    chosen: int
-    left_out: tuple[str, ...] = ()
-    known: str | None = None
-    bytes: int = 0
-    change: float | None = None
-
-    @property
-    def said(self) -> str:
-        """The report in one line."""
-        kinds = ", ".join(f"{count} {name}" for name, count in self.algorithms.items())
-        parts = [
-            self.path.name + ("" if self.expert == "model" else f" on the {self.expert}-noise expert"),
-            f": {self.matched} of {self.total} parts matched ({self.dialect} names, {kinds}",
-            f", rank {'-'.join(map(str, sorted({self.ranks[0], self.ranks[-1]})))})" if self.ranks else ")",
-            "" if self.chosen == self.matched else f", {self.chosen} of them chosen",
-            f", strength {self.strength:g}",
-        ]
-        if self.change is not None:
-            parts.append(f"; at strength 1 it changes those weights by {self.change:.2%} of their norm")
-        return "".join(parts)
 
 
 class StageCost(Frozen):
@@ -668,6 +607,16 @@ class SpeechPlan(Frozen):
     from_reference: bool = False
 
 
+class AnimatePlan(Frozen):
+    """What Animate makes of the plan's videos (pose, face, and to replace somebody mask and background or video).
+
+    overlap   frames of a clip that the next one begins with.
+    """
+
+    overlap: int
+    replaces: bool = False
+
+
 class SoundPlan(Frozen):
     """The sound of a video: `seconds` of a file from `start` on, or as much of it as there is."""
 
@@ -746,6 +695,7 @@ class Plan(Frozen):
     tokens: int
     clips: tuple[ClipPlan, ...] = ()
     speech: SpeechPlan | None = None
+    animate: AnimatePlan | None = None
     sound: SoundPlan | None = None
     seeds: tuple[int, ...]
     solver: Solver

@@ -96,6 +96,8 @@ def survey(
             field="save",
             got=str(request.save),
         )
+    if request.keep_audio and (heard := request.video or request.pose):
+        audio_facts(heard)  # raises where there is no sound to keep
     tokenizer = _tokenizer(request, paths, files["text_encoder"], settings)
     clip_tokenizer = _clip_tokenizer(request, files["clip_text"], settings) if "clip_text" in files else None
     facts = Facts(

@@ -25,6 +25,14 @@ CASES = {
     "wan2.1-flf2v-14b": {"images": {**FIRST, "last": image(1000, 1000, "last.png")}},
     "wan2.2-t2v-a14b": {},
     "wan2.2-i2v-a14b": {"images": FIRST},
+    "wan2.2-animate-14b": {
+        "prompt": None,
+        "images": {
+            "reference": image(720, 1280, "me.png"),
+            "pose": video(1280, 720, 200, 30, "pose.mp4"),
+            "face": video(512, 512, 200, 30, "face.mp4"),
+        },
+    },
     "wan2.2-ti2v-5b": {},
     "flux.1-dev": {},
     "flux.1-schnell": {},
@@ -91,6 +99,7 @@ OFFICIAL = {
     "wan2.2-t2v-a14b": (40, 12, {3, 4}, 81, 16, (1280, 720)),
     "wan2.2-i2v-a14b": (40, 5, {3.5}, 81, 16, (1280, 720)),
     "wan2.2-ti2v-5b": (50, 5, {5}, 121, 24, (1280, 704)),
+    "wan2.2-animate-14b": (20, 5, {1}, 200, 30, (1280, 720)),
     "flux.1-dev": (50, math.exp(1.15), {1}, 1, 16, (1024, 1024)),
     "flux.1-schnell": (4, 1, {1}, 1, 16, (1024, 1024)),
     "wan2.1-vace-1.3b": (50, 16, {5}, 81, 16, (832, 480)),

@@ -62,7 +62,9 @@ def adapters_of(entry: CatalogEntry) -> dict[str, Any]:
         "vace": {"layers": list(range(0, entry.structure["num_layers"], every)), "in_channels": 96},
         "camera": {"in_channels": 24, "downscale": 16 if entry.vae == "wan2.2" else 8},
         "reference": {"in_channels": 48 if entry.vae == "wan2.2" else 16},
-    }
+        "animate": {"channels": [32, 64, 128, 256, 512, 512, 512, 512], "motion_width": 512, "motion_dim": 20,
+                    "face_width": 1024, "face_heads": 4, "interval": 5, "pose_channels": 16},
+    }  # fmt: skip
     return {name: config for name, config in known.items() if entry.structure.get(name)}
 
 

@@ -246,7 +246,7 @@ def drive(
         with Interruption() as cancelled:
             made = _told(making, teller, cancelled)
         paths = {role: str(path) for role, path in made.items()}
-        teller.show(generate_command(video, request, made), {"event": "result", "paths": list(paths.values()), **paths})
+        teller.show(generate_command(request, made), {"event": "result", "paths": list(paths.values()), **paths})
     return 0
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from kinema.clips.animate import animate_clips
 from kinema.clips.loop import ClipTask
 from kinema.clips.speech import speech_clips
 from kinema.sampling.denoiser import Branch
@@ -15,7 +16,7 @@ MakeTask = Callable[[Plan, Callable[[ModelRef], nn.Module], Mapping[Branch, Tens
 """make(plan, models, texts, stop): `models` loads, `texts` are rows by branch, empty where every clip is sampled
 already and only decoded; `stop` is called now and then, and may raise."""
 
-TASKS: dict[str, MakeTask] = {"speech": speech_clips}
+TASKS: dict[str, MakeTask] = {"speech": speech_clips, "animate": animate_clips}
 
 
 def clip_task(

@@ -86,9 +86,11 @@ def _check_video_options(request: Request, entry: CatalogEntry) -> None:
 NEEDED = {
     "first": ("an image for frame 0", "IMAGE"),
     "last": ("an image for the last frame", "IMAGE"),
-    "control": ("something to control it", "FILE"),
-    "camera": ("a camera move or pose file", '"pan left"'),
     "reference": ("a reference image", "IMAGE"),
+    "control": ("something to control it", "FILE"),
+    "pose": ("a skeleton video, such as kinema drive makes", "VIDEO"),
+    "face": ("a face video, such as kinema drive makes", "VIDEO"),
+    "camera": ("a camera move or pose file", '"pan left"'),
     "audio": ("speech or music, or --speech-text", "FILE"),
 }
 
@@ -104,6 +106,9 @@ def _who_takes(field: str) -> str:
         "mask": f"{vace} or {inpaint}",
         "camera": "wan2.2-fun-camera-a14b or wan2.1-fun-camera-14b",
         "audio": "wan2.2-s2v-14b",
+        "pose": "wan2.2-animate-14b or wan2.2-s2v-14b",
+        "face": "wan2.2-animate-14b",
+        "background": "wan2.2-animate-14b",
     }
     return f"models that take one: {models[field]}" if field in models else "no model of this version takes one"
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from kinema.errors import RequestError
+from kinema.planning.animate import check_animate, plan_animated
 from kinema.planning.camera import plan_camera
 from kinema.planning.checks import MEDIA_FIELDS, check_components, check_media
 from kinema.planning.cost import estimate
@@ -61,10 +62,12 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     check_media(request, entry)
     check_components(request, entry, facts)
     check_speech(request, entry)
+    check_animate(request, entry)
+    animated = plan_animated(request, entry, facts, notes) if entry.structure.get("animate") else None
     task = _task(request, entry)
-    width, height = plan_size(request, entry, facts, notes)
+    width, height = animated.size if animated else plan_size(request, entry, facts, notes)
     driven = plan_speech(request, entry, facts, notes) if entry.structure.get("speech") else None
-    frames, fps = plan_length(request, entry, facts, notes)
+    frames, fps = animated.length if animated else plan_length(request, entry, facts, notes)
     if driven:
         frames = sum(clip.shown for clip in driven.clips)
     stride = SPATIAL_STRIDE[entry.vae]
@@ -89,6 +92,7 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     output = plan_output(request, facts, seeds, frames, prompt, notes)
     if driven:
         check_audio_encoder(facts)
+    if driven or (animated and animated.sound):
         note_mute_outputs(output.kinds, notes)
     plan = Plan(
         kinema=VERSION,
@@ -136,7 +140,7 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         output=output,
         notes=tuple(notes),
     )
-    fitted = fit(plan, request, facts.machine)
+    fitted = fit(animated.applied(plan) if animated else plan, request, facts.machine)
     return fitted.model_copy(update={"costs": estimate(fitted, facts.machine)})
 
 
@@ -246,7 +250,10 @@ def _guidance(request: Request, entry: CatalogEntry, notes: list[Note]) -> dict[
 
 
 def _texts(request: Request, entry: CatalogEntry, steps: Sequence[PlanStep], notes: list[Note]) -> tuple[str, str]:
-    prompt = (request.prompt or "").strip()
+    prompt = (request.prompt or entry.prompt).strip()
+    if entry.prompt:
+        own = f"{entry.name} was made with one prompt alone, {entry.prompt}"
+        notes.append(Note(about="prompt", text=f"{own}: another may weaken it" if request.prompt else own))
     if not prompt and not any(getattr(request, field) for field in MEDIA_FIELDS):
         raise RequestError(
             f"no prompt: {entry.name} has nothing to show",

@@ -99,9 +99,13 @@ def sample(
         yield replace(step, x=denoiser.impose(step.x), x0=denoiser.impose(step.x0))
 
 
-def noise(seed: int, shape: Sequence[int]) -> Tensor:
+def noise(seed: int, shape: Sequence[int], draw: int = 0) -> Tensor:
     """Return standard normal float32 noise from a CPU generator: a seed means the same on every device.
 
     seed  0 to 2**63 - 1.
+    draw  how many tensors of this shape the generator has made before.
     """
-    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for _ in range(draw):
+        torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)

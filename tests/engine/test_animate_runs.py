@@ -1,0 +1,221 @@
+"""Animate from request to file: both modes, clip after clip, from Python and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from animate_world import build_animate, driving_video, masks, moving, replacement
+from kinema.engine import Engine
+from kinema.errors import RequestError
+from kinema.media.audio import audio_facts
+from kinema.media.reader import read_video
+from kinema.media.video import probe
+from kinema.planning.clips import back_and_forth, overlapping_clips
+from kinema.schema import Plan, Request, Result, Settings
+from tiny_world import TinyWorld, picture
+
+FRAMES = 20  # clips of 9 that overlap by 1: 0-8, 8-16, and 16-24 of which 17-19 are new
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return build_animate(tiny_world, tmp_path_factory.mktemp("animate"))
+
+
+@pytest.fixture(scope="module")
+def engine(settings: Settings) -> Iterator[Engine]:
+    with Engine(settings) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return {**replacement(folder, FRAMES), "video": driving_video(folder, FRAMES)}
+
+
+@pytest.fixture
+def ask(tmp_path: Path, inputs: dict[str, Path]):
+    def request(*roles: str, **fields: object) -> Request:
+        given = {"model": "tiny-animate", "seed": 3, "save": tmp_path / "out.mp4", "device": "cpu"}
+        media = {role: inputs[role] for role in ("reference", "pose", "face", *roles)}
+        return Request(**{**given, "precision": "reference", **media, **fields})
+
+    return request
+
+
+def finish(engine: Engine, request: Request) -> Result:
+    (result,) = (event for event in engine.run(engine.plan(request)) if isinstance(event, Result))
+    return result
+
+
+def pixels(path: Path) -> torch.Tensor:
+    return torch.stack(list(read_video(path))).float()
+
+
+def texts(plan: Plan, about: str) -> list[str]:
+    return [note.text for note in plan.notes if note.about == about]
+
+
+# --- runs ------------------------------------------------------------------------------------------
+
+
+def test_animation_in_three_clips(engine: Engine, ask):
+    result = finish(engine, ask())
+    plan = result.plan
+    assert (plan.task, plan.width, plan.height, plan.frames, plan.fps) == ("animation", 64, 48, FRAMES, 30)
+    assert [(clip.start, clip.skip, clip.shown) for clip in plan.clips] == [(0, 0, 9), (8, 1, 8), (16, 1, 3)]
+    assert plan.latent == (16, 4, 6, 8) and plan.tokens == 4 * 3 * 4
+    facts = probe(result.paths[0])
+    assert (facts.width, facts.height, facts.frames, facts.fps) == (64, 48, FRAMES, 30)
+    assert plan.prompt == "a cat walks" and plan.sound is None
+
+
+def test_replacement_keeps_the_scene_and_its_sound(engine: Engine, ask, tmp_path: Path):
+    result = finish(engine, ask("mask", "background"))
+    assert result.plan.task == "replacement" and probe(result.paths[0]).frames == FRAMES
+    heard = finish(engine, ask("mask", "video", keep_audio=True, save=tmp_path / "heard.mp4"))
+    assert [video.role for video in heard.plan.videos] == ["pose", "face", "mask", "video"]
+    assert audio_facts(heard.paths[0]).seconds == pytest.approx(FRAMES / 30, abs=0.05)
+    assert not torch.equal(pixels(result.paths[0]), pixels(heard.paths[0])), (
+        "black in place of the person is another scene"
+    )
+
+
+def test_every_input_has_its_say(engine: Engine, ask, tmp_path: Path):
+    """Another skeleton, face, scene, mask or reference makes another video; the same ones the same."""
+    first = pixels(finish(engine, ask("mask", "background", frames=5)).paths[0])
+    again = pixels(finish(engine, ask("mask", "background", frames=5, save=tmp_path / "again.mp4")).paths[0])
+    assert torch.equal(first, again)
+    others = {
+        "pose": moving(tmp_path / "a.mp4", FRAMES, seed=7),
+        "face": moving(tmp_path / "b.mp4", FRAMES, (32, 32), seed=8),
+        "background": moving(tmp_path / "c.mp4", FRAMES, seed=9),
+        "mask": masks(tmp_path / "d.mp4", FRAMES, empty=True),
+        "reference": picture(tmp_path / "e.png", 50, 90, seed=5),
+    }
+    for role, path in others.items():
+        save = tmp_path / f"{role}.mp4"
+        other = pixels(finish(engine, ask("mask", "background", **{"frames": 5, "save": save, role: path})).paths[0])
+        assert not torch.equal(first, other), role
+
+
+def test_guidance_sees_no_face(engine: Engine, ask, tmp_path: Path):
+    alone = pixels(finish(engine, ask(frames=5)).paths[0])
+    guided = pixels(finish(engine, ask(frames=5, guidance=3, save=tmp_path / "guided.mp4")).paths[0])
+    assert not torch.equal(alone, guided)
+
+
+def test_a_single_frame_and_a_still_skeleton(engine: Engine, ask, tmp_path: Path):
+    one = {
+        "pose": moving(tmp_path / "one.mp4", 1, seed=1),
+        "face": moving(tmp_path / "oneface.mp4", 1, (32, 32), seed=2),
+    }
+    result = finish(engine, ask(**one))
+    assert result.plan.frames == 1 and len(result.plan.clips) == 1 and probe(result.paths[0]).frames == 1
+    assert any("8 frames beyond" in text for text in texts(result.plan, "frames"))
+
+
+def test_five_frames_of_overlap(engine: Engine, ask):
+    result = finish(engine, ask(overlap=5))
+    assert [clip.start for clip in result.plan.clips] == [0, 4, 8, 12]
+    assert probe(result.paths[0]).frames == FRAMES
+
+
+def test_noise_is_drawn_on_from_clip_to_clip(engine: Engine):
+    from kinema.sampling.denoiser import noise
+
+    generator = torch.Generator("cpu").manual_seed(11)
+    drawn = [torch.randn(1, 16, 4, 6, 8, generator=generator) for _ in range(3)]
+    assert all(torch.equal(noise(11, (1, 16, 4, 6, 8), draw=n), one) for n, one in enumerate(drawn))
+
+
+def test_the_command_line(
+    settings: Settings, inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from kinema.cli import main
+
+    words = ["generate", "--model", "tiny-animate", "--frames", "12", "--seed", "1"]
+    words += ["--save", str(tmp_path / "cli.mp4")]
+    for role in ("reference", "pose", "face", "mask", "background"):
+        words += [f"--{role}", str(inputs[role])]
+    for root in settings.models:
+        words += ["--models-dir", str(root)]
+    for catalog in settings.catalogs:
+        words += ["--catalog", str(catalog)]
+    assert main([*words, "--video", str(inputs["video"])]) == 2
+    assert "has no use" in capsys.readouterr().err
+    assert main([*words, "--video", str(inputs["video"]), "--keep-audio"]) == 0, capsys.readouterr().err
+    assert probe(tmp_path / "cli.mp4").frames == 12
+    assert audio_facts(tmp_path / "cli.mp4").seconds == pytest.approx(0.4, abs=0.05)
+
+
+# --- plans -----------------------------------------------------------------------------------------
+
+
+def test_what_is_decided_is_told(engine: Engine, ask, tmp_path: Path):
+    slow = moving(tmp_path / "slow.mp4", 10, (70, 50), seed=1, fps=15)
+    plan = engine.plan(ask(pose=slow))
+    assert (plan.width, plan.height, plan.frames) == (64, 48, 20)
+    assert "slow.mp4 (15 fps) is read at 30 fps" in texts(plan, "pose")
+    assert any("near that of slow.mp4 (70x50), in multiples of 16" in text for text in texts(plan, "size"))
+    assert any("20 frames in 3 clips of 9" in text for text in texts(plan, "frames"))
+    assert any("is shown whole on black" in text for text in texts(plan, "reference"))
+    assert any("made with one prompt alone" in text for text in texts(plan, "prompt"))
+    assert engine.plan(ask(seconds=0.5)).frames == 15
+    assert engine.plan(ask(size="32x32")).latent[2:] == (4, 4)
+
+
+BAD = {
+    "mask alone": (["mask"], {}, "not in what"),
+    "background alone": (["background"], {}, "needs a mask"),
+    "video without use": (["video"], {}, "has no use"),
+    "overlap": ([], {"overlap": 3}, "last 1 or 5 frames"),
+    "frames": ([], {"frames": 21}, "shows 20 at 30 fps"),
+    "size": ([], {"size": "60x48"}, "multiples of 16"),
+    "both lengths": ([], {"frames": 3, "seconds": 1}, "both say how long"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_mean_anything_is_refused(engine: Engine, ask, case: str):
+    roles, fields, message = BAD[case]
+    with pytest.raises(RequestError, match=message):
+        engine.plan(ask(*roles, **fields))
+
+
+def test_inputs_that_do_not_fit_each_other_are_refused(engine: Engine, ask, tmp_path: Path, inputs: dict[str, Path]):
+    with pytest.raises(RequestError, match="of another shape than"):
+        engine.plan(ask("background", mask=masks(tmp_path / "m.mp4", FRAMES, (48, 64))))
+    with pytest.raises(RequestError, match=r"face .* shows 5 frames at 30 fps; 20 are made"):
+        engine.plan(ask(face=moving(tmp_path / "f.mp4", 5, (32, 32), seed=1)))
+    with pytest.raises(RequestError, match="2 reference images"):
+        engine.plan(ask(reference=(inputs["reference"], inputs["reference"])))
+    with pytest.raises(RequestError, match="sound"):
+        engine.plan(ask(keep_audio=True))
+    with pytest.raises(RequestError, match="overlap means nothing to tiny-t2v"):
+        engine.plan(Request(model="tiny-t2v", prompt="a cat", overlap=1, device="cpu"))
+    with pytest.raises(RequestError, match="tiny-animate needs a skeleton video"):
+        engine.plan(Request(model="tiny-animate", reference=inputs["reference"], face=inputs["face"], device="cpu"))
+
+
+# --- arithmetic ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("frames", "length", "overlap"), [(15, 9, 1), (1, 9, 1), (9, 9, 1), (10, 9, 5), (77, 77, 1), (400, 77, 5)]
+)
+def test_clips_make_every_frame_once(frames: int, length: int, overlap: int):
+    clips = overlapping_clips(frames, length, overlap)
+    assert sum(clip.shown for clip in clips) == frames and all(clip.shown > 0 for clip in clips)
+    assert [clip.start + clip.skip for clip in clips[1:]] == [clip.start + clip.frames for clip in clips[:-1]]
+
+
+def test_time_runs_back_and_forth():
+    assert back_and_forth(4, 0, 12) == (0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2, 1)
+    assert back_and_forth(15, 8, 9) == (8, 9, 10, 11, 12, 13, 14, 13, 12)
+    assert back_and_forth(1, 0, 3) == (0, 0, 0) and back_and_forth(2, 0, 4) == (0, 1, 0, 1)
