@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -102,6 +104,72 @@ def test_gguf(engine: Engine, tmp_path: Path, kind: str) -> None:
     assert plan.experts["model"].quantisation == kind
     _, want = latents(engine, tmp_path, dit=write(tmp_path / "plain.safetensors", meant))
     assert torch.equal(got, want)
+
+
+def t5_gguf_names(state: State) -> State:
+    """The T5 encoder as llama.cpp's converter names it, which city96's files have."""
+    renamed = {}
+    for name, tensor in state.items():
+        for theirs, llama in (
+            ("encoder.block.", "enc.blk."), ("layer.0.SelfAttention.relative_attention_bias", "attn_rel_b"),
+            ("layer.0.SelfAttention.", "attn_"), ("layer.0.layer_norm", "attn_norm"),
+            ("layer.1.layer_norm", "ffn_norm"),
+            ("layer.1.DenseReluDense.wi_0", "ffn_gate"), ("layer.1.DenseReluDense.wi_1", "ffn_up"),
+            ("layer.1.DenseReluDense.wo", "ffn_down"), ("encoder.final_layer_norm", "enc.output_norm"),
+            ("shared", "token_embd"),
+        ):  # fmt: skip
+            name = name.replace(theirs, llama)
+        renamed[name] = tensor
+    return renamed
+
+
+def test_t5_in_fp8_and_gguf(engine: Engine, world: TinyWorld, tmp_path: Path) -> None:
+    tokenizer = world.root / "text_encoders/google/t5-v1_1-xxl"
+    state = transformers_t5()
+    rounded = {
+        name: tensor.to(torch.float8_e4m3fn) if name.endswith((".q.weight", ".wo.weight")) else tensor
+        for name, tensor in state.items()
+    }
+    meant = {name: tensor.float() for name, tensor in rounded.items()}
+    _, got = latents(engine, tmp_path, tokenizer=tokenizer, text_encoder=write(tmp_path / "fp8.safetensors", rounded))
+    _, want = latents(engine, tmp_path, tokenizer=tokenizer, text_encoder=write(tmp_path / "p.safetensors", meant))
+    assert torch.equal(got, want)
+    path = tmp_path / "t5.gguf"
+    writer = gguf.GGUFWriter(path, "t5encoder")
+    for name, tensor in t5_gguf_names(state).items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    plan, got = latents(engine, tmp_path, tokenizer=tokenizer, text_encoder=path)
+    _, want = latents(engine, tmp_path)
+    assert plan.text_encoder.container == "gguf"
+    assert torch.equal(got, want)
+
+
+def test_a_diffusers_folder(engine: Engine, world: TinyWorld, tmp_path: Path) -> None:
+    """FLUX's folders: text_encoder is CLIP, text_encoder_2 is T5, each with a tokenizer beside."""
+    folder = tmp_path / "FLUX.1-dev"
+    parts = {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+    parts |= {"text_encoder_2": "T5EncoderModel", "tokenizer": "CLIPTokenizer", "tokenizer_2": "T5TokenizerFast"}
+    index = {"_class_name": "FluxPipeline", **{name: ["some", kind] for name, kind in parts.items()}}
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps(index))
+    write(folder / "transformer/diffusion_pytorch_model.safetensors", transformer("dev"))
+    write(folder / "vae/diffusion_pytorch_model.safetensors", autoencoder())
+    write(folder / "text_encoder/model.safetensors", clip_text())
+    write(folder / "text_encoder_2/model.safetensors", transformers_t5())
+    shutil.copytree(world.root / "text_encoders/openai/clip-vit-large-patch14", folder / "tokenizer")
+    shutil.copytree(world.root / "text_encoders/google/t5-v1_1-xxl", folder / "tokenizer_2")
+    _, want = latents(engine, tmp_path)
+    with pytest.raises(KinemaError, match="may be tiny-flux or tiny-kontext or tiny-redux"):
+        latents(engine, tmp_path, model=str(folder))
+    named = {"dit": folder / "transformer", "vae": folder / "vae", "text_encoder": folder / "text_encoder_2"}
+    plan, got = latents(engine, tmp_path, **named, clip_text=folder / "text_encoder")
+    assert torch.equal(got, want)
+    assert str(plan.text_encoder.tokenizer).endswith("tokenizer_2/spiece.model")
+    assert plan.flux is not None and str(plan.flux.clip_text.tokenizer).endswith("tokenizer/vocab.json")
 
 
 def test_quantised_when_loaded(engine: Engine, tmp_path: Path) -> None:
