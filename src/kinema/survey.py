@@ -98,6 +98,7 @@ def survey(
         )
     if request.keep_audio and (heard := request.video or request.pose):
         audio_facts(heard)  # raises where there is no sound to keep
+    files, widened = _with_room(request, entry, files, settings)
     tokenizer = _tokenizer(request, paths, files["text_encoder"], settings)
     clip_tokenizer = _clip_tokenizer(request, files["clip_text"], settings) if "clip_text" in files else None
     facts = Facts(
@@ -112,7 +113,7 @@ def survey(
         }
         | _spoken(request, entry, settings),
         machine=machine,
-        notes=notes,
+        notes=notes + widened,
         cut=_cut(request, entry, _load_tokenizer(files["text_encoder"], tokenizer)),
         existing=existing_names(folder),
         output_free=_free(folder),
@@ -230,6 +231,25 @@ def _loras(request: Request, files: Mapping[str, FileFacts], settings: Settings)
     table = load_loras()
     found = [lora_facts(read_lora(_lora_path(ref, settings)), roles) for ref in request.lora]
     return tuple(facts.model_copy(update={"known": known_lora(facts.files[0], table)}) for facts in found)
+
+
+def _with_room(
+    request: Request, entry: CatalogEntry, files: dict[str, FileFacts], settings: Settings
+) -> tuple[dict[str, FileFacts], tuple[Note, ...]]:
+    """The same files, the DiT with room for the channels that a LoRA of this model brings weights for.
+
+    The control LoRAs of FLUX are trained on a transformer whose input was widened by columns of zeros.
+    """
+    dit, wanted = files["dit"], entry.structure.get("in_channels")
+    if entry.family != "flux" or not request.lora or wanted is None or dit.config["in_channels"] >= wanted:
+        return files, ()
+    for ref in request.lora:
+        for change in read_lora(_lora_path(ref, settings)).changes:
+            if change.target == "img_in.weight" and change.shape[-1] == 4 * wanted:
+                text = f"the input of {dit.path.name} gets columns of zeros for {ref.path.name}, which fills them"
+                wide = dit.model_copy(update={"config": {**dit.config, "in_channels": wanted}})
+                return {**files, "dit": wide}, (Note(about="lora", text=text),)
+    return files, ()
 
 
 def _lora_path(ref: LoraRef, settings: Settings) -> Path:

@@ -20,7 +20,7 @@ from kinema.schema import Plan, Request, Result
 from kinema.weights.files import open_tensors
 from kinema.weights.keys_flux import PARTS
 from tiny_flux import autoencoder, build_flux, clip_text, transformer, transformers_t5
-from tiny_world import TinyWorld
+from tiny_world import TinyWorld, picture
 
 State = dict[str, Tensor]
 
@@ -218,8 +218,26 @@ def diffusers(state: State) -> tuple[State, State]:
     return lora, meant
 
 
+def xlabs(state: State) -> tuple[State, State]:
+    """A LoRA of the attention processors, as XLabs has them: of both sides, and of a single block."""
+    lora, meant = {}, dict(state)
+    parts = (
+        ("double_blocks.0.processor.qkv_lora1", "double_blocks.0.img_attn.qkv", 384, 128),
+        ("double_blocks.0.processor.proj_lora2", "double_blocks.0.txt_attn.proj", 128, 128),
+        ("single_blocks.0.processor.qkv_lora", "single_blocks.0.linear1", 384, 128),
+        ("single_blocks.0.processor.proj_lora", "single_blocks.0.linear2", 128, 384),
+    )
+    for seed, (theirs, layer, rows, columns) in enumerate(parts):
+        down, up = low_rank(seed, rows, columns)
+        lora |= {f"{theirs}.down.weight": down, f"{theirs}.up.weight": up}
+        weight = meant[f"{layer}.weight"].clone()
+        weight[:rows] += up @ down
+        meant[f"{layer}.weight"] = weight
+    return lora, meant
+
+
 @pytest.mark.parametrize("mode", ["branch", "fuse"])
-@pytest.mark.parametrize("spelling", [kohya, diffusers])
+@pytest.mark.parametrize("spelling", [kohya, diffusers, xlabs])
 def test_loras(engine: Engine, tmp_path: Path, spelling: Callable[[State], tuple[State, State]], mode: str) -> None:
     lora, meant = spelling(transformer("dev"))
     _, without = latents(engine, tmp_path)
@@ -238,3 +256,28 @@ def test_a_lora_that_does_not_fit_is_refused(engine: Engine, tmp_path: Path) -> 
     file = write(tmp_path / "wrong.safetensors", {name: tensor.contiguous() for name, tensor in renamed.items()})
     with pytest.raises(KinemaError, match=r"single_blocks\.7"):
         latents(engine, tmp_path, lora=str(file))
+
+
+@pytest.mark.parametrize("mode", ["branch", "fuse"])
+def test_a_control_lora_widens_the_input(engine: Engine, tmp_path: Path, mode: str) -> None:
+    """BFL's LoRAs of Canny and Depth: matrices with biases, whole norms, and an input twice as wide as the model's."""
+    state = transformer("dev")
+    wide = torch.cat([state["img_in.weight"], torch.zeros(128, 64)], dim=1)
+    down, up = low_rank(5, 128, 128)
+    bias, norm = torch.linspace(-0.2, 0.2, 128), torch.linspace(0.8, 1.3, 128)
+    lora = {
+        "img_in.lora_A.weight": down, "img_in.lora_B.weight": up, "img_in.lora_B.bias": bias,
+        "double_blocks.0.img_attn.norm.query_norm.scale": norm,
+    }  # fmt: skip
+    meant = {**state, "img_in.weight": wide + up @ down, "img_in.bias": state["img_in.bias"] + bias}
+    meant["double_blocks.0.img_attn.norm.query_norm.scale"] = norm
+    base = write(tmp_path / "dev.safetensors", state)
+    file = write(tmp_path / "flux1-canny-dev-lora.safetensors", lora)
+    shown = {"model": "tiny-canny", "control": picture(tmp_path / "edges.png")}
+    _, want = latents(engine, tmp_path, dit=write(tmp_path / "merged.safetensors", meant), **shown)
+    plan, got = latents(engine, tmp_path, dit=base, lora=str(file), lora_mode=mode, **shown)
+    assert any("gets columns of zeros" in note.text for note in plan.notes)
+    assert plan.experts["model"].config["in_channels"] == 32
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    with pytest.raises(KinemaError, match="in_channels is 16, expected 32"):
+        latents(engine, tmp_path, dit=base, **shown)

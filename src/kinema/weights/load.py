@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.errors import CheckpointError
@@ -40,6 +41,7 @@ def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
         raise CheckpointError(f"{file.path} is {found}, not {wanted}", path=file.path, expected=wanted, found=found)
     shapes = Shapes(file, translation)
     module = build(ref.component, ref.config)
+    room = _room(ref, shapes)
     check(shapes, module)
     fused = fused or fusion_of(ref)
     names = list(module.state_dict())
@@ -51,6 +53,10 @@ def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
 
     def value(name: str) -> Tensor:
         wanted = torch.float32 if keeps(name) else dtype
+        if name in room:
+            packed = translation.packed(file, name)
+            narrow = _value(file, translation, name) if packed is None else packed.dequantised(torch.float32)
+            return fused(name, F.pad(narrow, (0, room[name]))).to(ref.device, wanted)
         if name in mapped and name not in fused and translation.packed(file, name) is None:
             return _value(file, translation, name)
         return _placed(file, translation, name, wanted, "cpu" if name in mapped else ref.device, fused)
@@ -62,6 +68,22 @@ def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
     unfilled = [name for name, tensor in chain(module.named_parameters(), module.named_buffers()) if tensor.is_meta]
     assert not unfilled, f"{type(module).__name__} made {unfilled[:3]} outside its state dict on the meta device"
     return module.requires_grad_(False).eval()
+
+
+def _room(ref: ModelRef, shapes: Shapes) -> dict[str, int]:
+    """Return how many columns of zeros a weight gets because the plan wants more input channels than the file has.
+
+    FLUX's control LoRAs were trained so. The shapes then are those with the columns.
+    """
+    name = "img_in.weight"
+    if ref.component != "flux_dit" or name not in shapes:
+        return {}
+    rows, columns = shapes.table[name]
+    wanted = 4 * ref.config["in_channels"]
+    if wanted <= columns:
+        return {}
+    shapes.table[name] = (rows, wanted)
+    return {name: wanted - columns}
 
 
 def _packed_weights(

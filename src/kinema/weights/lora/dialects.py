@@ -76,12 +76,32 @@ ENDINGS = (
     (r"\.diff|\.w_norm", "diff", "weight"),
     (r"\.diff_b|\.b_norm", "diff", "bias"),
     (r"\.diff_m", "diff", "modulation"),
+    (r"(?<=query_norm)\.scale|(?<=key_norm)\.scale", "set", "weight"),
 )
-"""Ending -> algorithm and role. Source of `.diff_m`: ModelTC/LightX2V lightx2v/utils/lora_loader.py."""
+"""Ending -> algorithm and role. `set`: the parameter as it will be, not by how much it changes; FLUX's own
+LoRAs of Canny and Depth hold their norms so. Source of `.diff_m`: ModelTC/LightX2V lightx2v/utils/lora_loader.py."""
+
+
+XLABS = (
+    (r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora1\.(down|up)\.weight", r"\1.img_attn.\2.lora_\3.weight"),
+    (r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora2\.(down|up)\.weight", r"\1.txt_attn.\2.lora_\3.weight"),
+    (r"(single_blocks\.\d+)\.processor\.qkv_lora\.(down|up)\.weight", r"\1.linear1.qkv.lora_\2.weight"),
+    (r"(single_blocks\.\d+)\.processor\.proj_lora\.(down|up)\.weight", r"\1.linear2.lora_\2.weight"),
+)
+"""XLabs' names of FLUX, those of its attention processors. Source: XLabs-AI/x-flux src/flux/modules/layers.py."""
+
+
+def plain(name: str) -> str:
+    """Return a name of XLabs as others would write it, any other as it is."""
+    for pattern, template in XLABS:
+        if match := re.fullmatch(rf"(?:diffusion_model\.)?{pattern}", name):
+            return match.expand(template)
+    return name
 
 
 def ending(name: str) -> tuple[str, str, str] | None:
     """Return (module as spelled, algorithm, role) of a tensor's name, None for one that is no part of a LoRA."""
+    name = plain(name)
     for pattern, algorithm, role in ENDINGS:
         if match := re.fullmatch(rf"(.+?)(?:{pattern})", name):
             return match[1], algorithm, role
@@ -212,6 +232,8 @@ def official(module: str, role: str, words: Words, family: Family) -> Target | N
         name = module
     else:
         name = f"{module}.{'scale' if role == 'weight' and last in SCALES else role}"
+    if words == "official" and ".linear1.qkv." in name:  # XLabs: the first three parts of a fused matrix
+        return Target(name.replace(".qkv.", "."), fused=True)
     if words == "official":
         return Target(name)
     for rule in DIFFUSERS[family]:

@@ -109,7 +109,7 @@ class LoraFile:
     def scale(self, change: Change) -> float:
         """Return alpha / rank; 1 without an alpha, unless PEFT's own record beside the matrices has one."""
         rank = self.rank(change)
-        if change.algorithm == "diff" and "down" not in change.tensors:
+        if change.algorithm in ("diff", "set") and "down" not in change.tensors:
             return 1.0
         if "alpha" in change.tensors and rank:
             alpha = float(self.file.get(change.tensors["alpha"]).float().reshape(-1)[0])
@@ -129,7 +129,7 @@ class LoraFile:
     def branch(self, change: Change, weight: Tensor | None, dtype: torch.dtype, device: torch.device | str) -> Branch:
         """Return the change as a module.
 
-        weight  of the layer, float32 [out, in]: only DoRA needs it.
+        weight  of the layer, float32 [out, in]: only DoRA and whole parameters need it.
         """
 
         def get(role: str) -> Tensor:
@@ -146,6 +146,9 @@ class LoraFile:
             inner = Hadamard(get("w1_a"), get("w1_b"), get("w2_a"), get("w2_b"), scale)
         elif change.algorithm == "lokr":
             inner = Kronecker(factor("w1"), factor("w2"), scale)
+        elif change.algorithm == "set":
+            assert weight is not None, "the difference to the weight it replaces"
+            inner = Difference((get("full").float() - weight).to(dtype), scale)
         else:
             inner = Difference(get("full"), scale)
         if "magnitude" not in change.tensors:
@@ -211,7 +214,10 @@ def _changes(
         place = official(module, role, found.words, found.family)
         if place is None or (place.swap and ("magnitude" in roles or "lokr" in {kind for kind, _ in roles.values()})):
             return [], dict.fromkeys(names.values(), f"no part of a model is called {module} in {found.words} names")
-        algorithm = "diff" if "full" in tensors else next(roles[r][0] for r in tensors if roles[r][0] != "any")
+        if "full" in tensors:
+            algorithm = "set" if role in roles and roles[role][0] == "set" else "diff"
+        else:
+            algorithm = next(roles[r][0] for r in tensors if roles[r][0] != "any")
         shape = _shape(file, algorithm, tensors)
         if shape is None:
             continue
@@ -234,7 +240,7 @@ def _complete(kinds: Mapping[str, str], names: Mapping[str, str]) -> list[tuple[
                 scale = {role: names[role] for role in ("alpha", "down") if role in names}
                 found.append(("bias", {"full": names["up_bias"], **scale}))
     for role in ("weight", "bias", "modulation"):
-        if kinds.get(role) == "diff":
+        if kinds.get(role) in ("diff", "set"):
             found.append((role, {"full": names[role]}))
     return found
 
@@ -242,7 +248,7 @@ def _complete(kinds: Mapping[str, str], names: Mapping[str, str]) -> list[tuple[
 def _shape(file: TensorFile, algorithm: str, tensors: Mapping[str, str]) -> tuple[int, ...] | None:
     """The shape of what changes, None where the tensors do not fit each other."""
     shapes = {role: file.shape(name) for role, name in tensors.items()}
-    if algorithm == "diff":
+    if algorithm in ("diff", "set"):
         return shapes["full"]
     flat = {role: (shape[0], math.prod(shape[1:])) for role, shape in shapes.items() if len(shape) >= 2}
     if any(role not in flat for role in shapes if role not in EXTRA):
