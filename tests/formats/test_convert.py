@@ -27,8 +27,10 @@ from kinema.weights.convert import FORMATS, Converted, convert
 from kinema.weights.detect import inspect
 from kinema.weights.keys import DIALECTS
 from kinema.weights.load import load
+from kinema.weights.quantised.layers import QuantisedLinear, packable
 from kinema.weights.quantised.schemes import open_weights
 from kinema.weights.structure import build
+from tiny_world import DITS
 
 State = dict[str, Tensor]
 
@@ -118,6 +120,16 @@ def test_every_format_is_written_and_loads(tmp_path: Path, to: str) -> None:
         assert changed <= lossy and (not changed or not islands(name) or FORMATS[to].whole), name
         assert (found[name] - tensor).norm() <= 0.2 * tensor.norm()
     numbers(tmp_path / f"b{suffix}")
+
+
+@pytest.mark.parametrize("variant", DITS)
+def test_every_variant_keeps_its_matrices_packed(tmp_path: Path, variant: str) -> None:
+    source = write(tmp_path / "a.safetensors", official_state("dit", DITS[variant]))
+    made = run(source, tmp_path / "b.safetensors", "fp8_channel")
+    module = load(ref_of(made.facts, "bfloat16"))
+    packed = {f"{name}.weight" for name, leaf in module.named_modules() if isinstance(leaf, QuantisedLinear)}
+    assert packed == {name for name, _ in packable("dit", build("dit", made.facts.config))}
+    assert all("blocks." in name for name in packed) and made.facts.packed_parameters == made.facts.matrix_parameters
 
 
 @pytest.mark.parametrize("to", ["Q8_0", "Q4_1", "F16", "BF16"])
