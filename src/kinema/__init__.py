@@ -52,6 +52,7 @@ __all__ = [
     "generate_all",
     "generate_then",
     "plan",
+    "pull",
 ]
 
 
@@ -131,6 +132,30 @@ def _finished(making: Generator[Any, None, T]) -> T:
             next(making)
         except StopIteration as end:
             return cast(T, end.value)
+
+
+def pull(
+    *names: str, vram: int, ram: int = 32 * 10**9, loras: bool = False, settings: Settings | None = None
+) -> list[Path]:
+    """Fetch the files of models for a card, single files, or repositories (hf:OWNER/NAME:PATTERN), and return where.
+
+    vram, ram  bytes of the card and of the machine that models are chosen for.
+    Raises CatalogError for what cannot be had, MachineError for a disk that is too small.
+    """
+    from kinema.catalog.choice import Card
+    from kinema.catalog.files import load_store
+    from kinema.catalog.folders import store_root
+    from kinema.catalog.pull import pull as fetch
+    from kinema.catalog.pull import wanted_of
+    from kinema.provision import order
+    from kinema.settings import default_settings
+
+    settings = settings or default_settings()
+    asked = order(names, load_store(settings.catalogs), Card(vram, ram), with_loras=loras)
+    rows, root = wanted_of(asked.files, asked.addresses, settings.hub, "hf"), store_root(settings)
+    for _ in fetch(rows, root, settings.hub):
+        pass
+    return [root / row.place for row in rows]
 
 
 def _engine(settings: Settings | None) -> Engine:

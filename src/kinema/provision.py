@@ -20,7 +20,7 @@ from kinema.catalog.choice import (
     part_offers,
     tokenizer,
 )
-from kinema.catalog.files import CatalogFile, FileSet, Store, find_set
+from kinema.catalog.files import CatalogFile, FileSet, Store, find_set, one_file
 from kinema.errors import CatalogError, MachineError
 from kinema.planning.activations import dit_bytes, ffn_pieces
 
@@ -113,6 +113,33 @@ def preset(name: str, store: Store) -> list[Provision]:
     card = Card(int(key.removesuffix("GB")) * 10**9, 64 * 10**9)
     lines = store.presets[key].lines
     return [provide_precision(store.sets[x.set], x.precision, store, card, with_loras=x.loras) for x in lines]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What names stand for: files, addresses of repositories, and sentences about both."""
+
+    files: tuple[CatalogFile, ...]
+    addresses: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def order(
+    names: Sequence[str], store: Store, card: Card, *, with_loras: bool = False, also: Sequence[Provision] = ()
+) -> Order:
+    """Return what has to be fetched for names: of a model its best files for the card, a file itself, an address."""
+    made, files, notes = list(also), list[CatalogFile](), list[str]()
+    addresses = tuple(name for name in names if name.startswith(("hf:", "ms:")))
+    for name in (name for name in names if name not in addresses):
+        if item := find_set(name, store):
+            made.append(provide(item, store, card, with_loras=with_loras))
+        else:
+            found = one_file(name, store)
+            files += found.files
+            notes += [found.note] if found.note else []
+    for one in made:
+        notes += [f"{one.set.name}: {one.precision}, {one.bytes / 1e9:.1f} GB, {one.mode}", *one.notes]
+    return Order(tuple(dict.fromkeys([*distinct(made), *files])), addresses, tuple(notes))
 
 
 def sets_of(task: str, store: Store) -> list[FileSet]:

@@ -197,6 +197,23 @@ def test_of_several_installed_sets_one_is_chosen_and_said(cli: Cli, root: Path):
     assert ran.code == 0 and "of 2 installed sets, wan2.1_t2v_1.3B_" in ran.out
 
 
+def test_half_a_repository_in_the_hubs_cache_hides_no_whole_files(cli: Cli, root: Path, monkeypatch, tmp_path: Path):
+    from tiny_world import spiece_model
+
+    snapshot = tmp_path / "hub/models--Wan-AI--Wan2.1-T2V-1.3B/snapshots/c1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    ran = cli("plan", "a cat", "--model", "wan2.1-t2v-1.3b", "--device", "cpu")
+    assert ran.code == 4 and "diffusion_pytorch_model" in ran.err, "with nothing else it is told"
+    write_sparse(root / "diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors", manifest("wan2.1_t2v_1.3B"), "F16")
+    write_sparse(root / "vae/wan_2.1_vae.safetensors", manifest("wan2.1_vae"))
+    write_sparse(root / "text_encoders/umt5_xxl_fp16.safetensors", manifest("umt5_xxl_encoder_official"))
+    (root / "text_encoders/spiece.model").write_bytes(spiece_model())
+    ran = cli("plan", "a cat", "--model", "wan2.1-t2v-1.3b", "--device", "cpu")
+    assert ran.code == 0 and "wan2.1_t2v_1.3B_fp16.safetensors" in ran.out
+
+
 # --- moves ---------------------------------------------------------------------------------------------------
 
 

@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+import kinema
 from kinema.catalog.files import CatalogFile
 from kinema.catalog.hub import HubClient
 from kinema.catalog.pull import Wanted, pull, wanted, wanted_from
 from kinema.catalog.sources import Source, parse_source
 from kinema.catalog.transfer import record_of
 from kinema.errors import Cancelled, CatalogError, MachineError
-from kinema.schema import Event, Hub, Note, Progress
+from kinema.schema import Event, Hub, Note, Progress, Settings
 from store.hub import FakeHub, running_hub
 
 KIB = 1024
@@ -383,3 +384,12 @@ def test_a_folder_that_is_a_link_to_another_place_is_written_there(hub: FakeHub,
     get(hub, tmp_path / "m")
     assert (tmp_path / "disk/x.safetensors").read_bytes() == DATA
     assert os.path.islink(tmp_path / "m/vae")
+
+
+def test_python_fetches_by_name_and_by_address(hub: FakeHub, tmp_path: Path):
+    name = "Wan2.1-Fun-14B-InP-MPS.safetensors"
+    hub.add(f"alibaba-pai/Wan2.1-Fun-Reward-LoRAs/{name}", DATA)
+    settings = Settings(models=(tmp_path,), hub=hub.hub)
+    places = kinema.pull(name, "hf:Org/Repo:vae/*", vram=16 * 10**9, settings=settings)
+    assert places == [tmp_path / "loras" / name, tmp_path / "Org/Repo/vae/x.safetensors"]
+    assert all(place.read_bytes() == DATA for place in places)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from kinema.errors import CatalogError
+from kinema.errors import CatalogError, RequestError
 from kinema.schema import Component, Frozen
 
 
@@ -247,6 +247,26 @@ def find_files(name: str, store: Store) -> Found:
         f"no file is called {name!r}, and none has all of its words",
         f"nearest: {', '.join(names[key] for key in close)}" if close else "see `kinema models search WORDS`",
         name=name,
+    )
+
+
+def one_file(name: str, store: Store) -> Found:
+    """Return the one file a spelling means, or those of a name that was never published.
+
+    Of copies in several repositories the first that needs no login. RequestError where different files are meant.
+    """
+    found = find_files(name, store)
+    if found.note or len(found.files) == 1:
+        return found
+    repositories = {file.repository for file in found.files}
+    if len({(file.name, file.bytes) for file in found.files}) == 1 and len(repositories) == len(found.files):
+        return Found((next((file for file in found.files if not file.gated), found.files[0]),))
+    rows = [f"{file.repository}/{file.path}" for file in found.files]
+    raise RequestError(
+        f"{name} may be {len(rows)} files: {', '.join(rows[:6])}{', ...' if len(rows) > 6 else ''}",
+        f"name one in full: {rows[0]}",
+        field="NAME",
+        got=name,
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kinema.catalog.files import CatalogFile
-from kinema.errors import CatalogError
+from kinema.errors import CatalogError, RequestError
 from kinema.schema import Settings
 
 KEYS: dict[str, tuple[str, ...]] = {
@@ -143,6 +143,14 @@ def models_folder(root: Path) -> tuple[Path, Path | None]:
     if _is_comfy(root):
         return root / "models", root
     return root, root.parent if root.name == "models" and _is_comfy(root.parent) else None
+
+
+def store_root(settings: Settings, to: Path | None = None) -> Path:
+    """Return the models folder that files are pulled to: `to`, that of the settings, or the first that is searched."""
+    root = to or settings.store or next(iter(settings.models), None)
+    if root is None:
+        raise RequestError("no models folder is set", "pass --to FOLDER", field="to", got=None)
+    return models_folder(root)[0]
 
 
 def _is_comfy(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from kinema.catalog.choice import Card, Choice, Offer, choose, choose_part, kind, offers, part_offers, rank
 from kinema.catalog.files import CatalogFile, FileSet, Store
 from kinema.catalog.folders import Folders
-from kinema.errors import CatalogError
+from kinema.errors import CatalogError, CheckpointError, KinemaError
 from kinema.schema import CatalogEntry
 from kinema.weights.detect import resolve_folder
 
@@ -28,6 +28,9 @@ PARTS = {
 """Family -> role -> the shared part that fills it; the vae of a Wan model is that of the entry."""
 
 
+SHORT = 0.8  # of the published size; sizes of the catalog are right within 5 %
+
+
 @dataclass(frozen=True)
 class Need:
     """What the choice of files is made for: a card, and what a run takes beside the weights."""
@@ -39,10 +42,14 @@ class Need:
 
 @dataclass(frozen=True)
 class Installed:
-    """An offer that is here: where each of its roles lies, the tokenizer's included where the folder has it."""
+    """An offer that is here: where each of its roles lies, the tokenizer's included where the folder has it.
+
+    short   a file is far smaller than the published one: half a download, taken only where there is nothing else.
+    """
 
     offer: Offer
     paths: Mapping[str, Path]
+    short: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ def find_files(
     """
     if entry.name == "demo":
         return Chosen({role: path for role, path in demo_files().items() if role not in given})
-    whole = list(_repository_folders(entry, store, folders))
+    faults: list[KinemaError] = []
+    whole = list(_repository_folders(entry, store, folders, faults))
     models = [*_listed(entry, store, folders), *_offered(entry, store, folders), *_halves(entry, whole)]
     found: dict[str, Path] = {}
     note = ""
@@ -73,6 +81,8 @@ def find_files(
     for role in (role for role in needed_roles(entry) if not role.startswith("dit") and role not in given):
         found |= _part(role, entry, store, folders, whole, need)
     if lacking := missing(entry, {**dict.fromkeys(given), **found}):
+        if faults:
+            raise faults[0]
         partial = {path.name for path in found.values()}
         raise CatalogError(
             f"model {entry.name} is not installed: {', '.join(lacking)} not found in "
@@ -158,7 +168,8 @@ def _locate(files: Collection[CatalogFile], folders: Folders) -> Iterator[Instal
     if all(places):
         here = [(file, place) for file, place in zip(files, places, strict=True) if place]
         sized = [file.model_copy(update={"bytes": size_on_disk(place)}) for file, place in here]
-        yield Installed(Offer(tuple(sized)), {file.role: place for file, place in here})
+        short = any((now.bytes or 0) < SHORT * (file.bytes or 0) for file, now in zip(files, sized, strict=True))
+        yield Installed(Offer(tuple(sized)), {file.role: place for file, place in here}, short)
 
 
 def _row(name: str, role: str, store: Store) -> CatalogFile:
@@ -172,12 +183,18 @@ def _row(name: str, role: str, store: Store) -> CatalogFile:
     return CatalogFile(repository="", path=base, folder=folder or None, role=role, precision=precision, bytes=1)
 
 
-def _repository_folders(entry: CatalogEntry, store: Store, folders: Folders) -> Iterator[Installed]:
-    """Yield what official and diffusers folders of the model hold."""
+def _repository_folders(
+    entry: CatalogEntry, store: Store, folders: Folders, faults: list[KinemaError]
+) -> Iterator[Installed]:
+    """Yield what official and diffusers folders of the model hold; half a folder is a fault only if nothing else is."""
     for repository in entry.repositories:
         for folder in folders.in_repository(repository):
             if folder.is_dir():
-                paths = resolve_folder(folder)
+                try:
+                    paths = resolve_folder(folder)
+                except (CatalogError, CheckpointError) as error:
+                    faults.append(error)
+                    continue
                 said = [file.precision for file in store.serving(entry.name) if file.repository == repository]
                 files = [_whole_file(role, path, repository, said) for role, path in paths.items()]
                 if files:
@@ -195,6 +212,7 @@ def _whole_file(role: str, path: Path, repository: str, precisions: list[str]) -
 
 
 def _choose(entry: CatalogEntry, models: list[Installed], need: Need | None) -> tuple[Installed, str]:
+    models = [one for one in models if not one.short] or models
     different = list({tuple(sorted(map(str, one.paths.values()))): one for one in reversed(models)}.values())
     different.sort(key=lambda one: (rank(one.offer.precision), one.offer.largest))
     if need is None or len(different) == 1:
@@ -221,8 +239,8 @@ def _part(
     rows = [_row(name, role, store) for name in entry.files.get(role, ())]
     rows += [offer.files[0] for offer in part_offers(part, store)]
     rows += [file for file in store.serving(part) if file.role == role and kind(file.precision) and file not in rows]
-    here = [one for row in rows for one in _locate([row], folders)]
-    if here:
+    here = sorted((one for row in rows for one in _locate([row], folders)), key=lambda one: one.short)
+    if here and not (here[0].short and any(role in one.paths for one in whole)):
         picked = choose_part([one.offer for one in here], need.card) if need and role == "text_encoder" else None
         return {role: next((one for one in here if one.offer == picked), here[0]).paths[role]}
     for one in whole:

@@ -20,7 +20,7 @@ import httpx2
 
 from kinema.catalog.files import CatalogFile
 from kinema.catalog.hub import HubClient, Remote
-from kinema.catalog.sources import HubName, Source
+from kinema.catalog.sources import HubName, Source, parse_source
 from kinema.catalog.transfer import Transfer, WrongHash, record_of
 from kinema.errors import Cancelled, CatalogError, KinemaError, MachineError
 from kinema.schema import Event, Hub, Note, Progress
@@ -60,6 +60,19 @@ def wanted(files: Sequence[CatalogFile], hub: HubName = "hf") -> list[Wanted]:
 def wanted_from(source: Source, client: HubClient) -> list[Wanted]:
     """Return what has to be fetched of any repository: it keeps its paths, in a folder named as it is."""
     return [Wanted(r.repository, r.path, f"{r.repository}/{r.path}", r.hub) for r in client.listing(source)]
+
+
+def wanted_of(files: Sequence[CatalogFile], addresses: Sequence[str], hub: Hub, source: HubName) -> list[Wanted]:
+    """Return what has to be fetched for catalog files, from the hub `source`, and for addresses of repositories."""
+    rows = wanted(files, source)
+    sources = [found for address in addresses if (found := parse_source(address))]
+    if sources:
+        client = HubClient(hub)
+        try:
+            rows += [row for found in sources for row in wanted_from(found, client)]
+        finally:
+            client.close()
+    return rows
 
 
 def pull(

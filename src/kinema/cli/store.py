@@ -110,6 +110,8 @@ def pull(
     source: Annotated[Literal["hf", "ms"], _flag("hf: Hugging Face or HF_ENDPOINT; ms: ModelScope")] = "hf",
 ) -> int:
     """Fetch the files of models, tasks, presets or repositories: resumable, hash-checked, once for all processes."""
+    from kinema.provision import order
+
     store, _ = _opened(call)
     if not names and not task and not preset:
         raise RequestError(
@@ -117,9 +119,11 @@ def pull(
         )
     card = _card(vram, ram, disk)
     made = _provisions(task, preset, store, card, loras) if task or preset else []
+    asked = order(names, store, card, with_loras=loras, also=made)
     with make_teller(call.json) as teller:
-        files, addresses = _named(names, store, card, loras, made, teller)
-        pull_files(files, addresses, call.configuration.settings, teller, to=to, source=source)
+        for note in asked.notes:
+            teller.say(note)
+        pull_files(asked.files, asked.addresses, call.configuration.settings, teller, to=to, source=source)
     return 0
 
 
@@ -186,6 +190,8 @@ def usage(call: Call) -> int:
 
 def paths(call: Call) -> int:
     """Print every folder that is searched, in order, and where pulled files go."""
+    from kinema.catalog.folders import store_root
+
     settings = call.configuration.settings
     _, folders = _opened(call)
     lines = ["models folders:", *(f"  {_there(root)}" for root in folders.roots)]
@@ -193,8 +199,8 @@ def paths(call: Call) -> int:
         here = [place for place in places if place.is_dir()]
         lines += [f"{key}:", *(f"  {place}" for place in here)] if here else []
     lines += ["hub caches:", *(f"  {_there(cache)}" for cache in folders.caches)]
-    lines += [f"pulled files go to: {_root(settings, None)}"]
-    data: dict[str, Any] = {"roots": [str(root) for root in folders.roots], "store": str(_root(settings, None))}
+    lines += [f"pulled files go to: {store_root(settings)}"]
+    data: dict[str, Any] = {"roots": [str(root) for root in folders.roots], "store": str(store_root(settings))}
     data |= {"folders": {key: [str(place) for place in places] for key, places in folders.by_key.items()}}
     with make_teller(call.json) as teller:
         teller.show("\n".join(lines), data | {"caches": [str(cache) for cache in folders.caches]})
@@ -211,10 +217,11 @@ def prune(call: Call, *, yes: Yes = False) -> int:
 
 def import_files(call: Call, folder: Place, /, *, to: Annotated[Path | None, _flag("models folder")] = None) -> int:
     """Link known files of a ComfyUI folder or a hub cache into the models folder, without copying."""
+    from kinema.catalog.folders import store_root
     from kinema.catalog.moves import imports
 
     store, _ = _opened(call)
-    moves, left = imports(folder, _root(call.configuration.settings, to), store)
+    moves, left = imports(folder, store_root(call.configuration.settings, to), store)
     return _moves(call, moves, [f"left out: {line}" for line in left], yes=True)
 
 
@@ -253,18 +260,11 @@ def pull_files(
     source: Literal["hf", "ms"] = "hf",
 ) -> None:
     """Fetch catalog files and whole repositories into the models folder, telling progress."""
-    from kinema.catalog.hub import HubClient
+    from kinema.catalog.folders import store_root
     from kinema.catalog.pull import pull as fetch
-    from kinema.catalog.pull import wanted, wanted_from
-    from kinema.catalog.sources import parse_source
+    from kinema.catalog.pull import wanted_of
 
-    root, rows = _root(settings, to), wanted(files, source)
-    if addresses:
-        client = HubClient(settings.hub)
-        rows += [
-            row for address in addresses if (parsed := parse_source(address)) for row in wanted_from(parsed, client)
-        ]
-        client.close()
+    root, rows = store_root(settings, to), wanted_of(files, addresses, settings.hub, source)
     size = sum(file.bytes or 0 for file in files)
     teller.say(f"{len(rows)} files{f', about {gigabytes(size)},' if size else ''} to {root}")
     with Interruption() as cancelled:
@@ -313,47 +313,6 @@ def _provisions(task: str | None, menu: str | None, store: Store, card: Card, lo
     return [provide(item, store, card, with_loras=loras) for item in items]
 
 
-def _named(
-    names: Sequence[str], store: Store, card: Card, loras: bool, made: list[Provision], teller: Teller
-) -> tuple[list[CatalogFile], list[str]]:
-    """Return what names stand for: files, and addresses of repositories. A model is its best files for the card."""
-    from kinema.catalog.files import find_set
-    from kinema.provision import distinct, provide
-
-    files, addresses = [], [name for name in names if name.startswith(("hf:", "ms:"))]
-    models = [item for name in names if (item := find_set(name, store))]
-    chosen = [*made, *(provide(item, store, card, with_loras=loras) for item in models)]
-    for provision in chosen:
-        teller.say(f"{provision.set.name}: {provision.precision}, {gigabytes(provision.bytes)}, {provision.mode}")
-        for note in provision.notes:
-            teller.say(f"  {note}")
-    for name in names:
-        if name not in addresses and find_set(name, store) is None:
-            files += _files_of(name, store, teller)
-    return list(dict.fromkeys([*distinct(chosen), *files])), addresses
-
-
-def _files_of(name: str, store: Store, teller: Teller) -> list[CatalogFile]:
-    """Return the file that a name means; RequestError where it means several different ones."""
-    from kinema.catalog.files import find_files
-
-    found = find_files(name, store)
-    if found.note:
-        teller.say(found.note)
-        return list(found.files)
-    repositories = {file.repository for file in found.files}
-    copies = len({(file.name, file.bytes) for file in found.files}) == 1 and len(repositories) == len(found.files)
-    if copies:  # of one file: the first that needs no login
-        return [next((file for file in found.files if not file.gated), found.files[0])]
-    rows = [f"{file.repository}/{file.path}" for file in found.files]
-    raise RequestError(
-        f"{name} may be {len(rows)} files: {', '.join(rows[:6])}{', ...' if len(rows) > 6 else ''}",
-        f"name one in full: kinema models pull {rows[0]}",
-        field="NAME",
-        got=name,
-    )
-
-
 def _moves(call: Call, moves: Sequence[Move], notes: Sequence[str], yes: bool) -> int:
     from kinema.catalog.moves import carry_out
     from kinema.cli.store_pages import moves_page
@@ -371,16 +330,6 @@ def _some(words: Sequence[str], verb: str, what: str) -> str:
     if not words:
         raise RequestError(f"kinema models {verb} of what?", f"type: kinema models {verb} {what}", field=what, got=None)
     return " ".join(words)
-
-
-def _root(settings: Settings, to: Path | None) -> Path:
-    """Return the models folder that files are written to."""
-    from kinema.catalog.folders import models_folder
-
-    root = to or settings.store or next(iter(settings.models), None)
-    if root is None:
-        raise RequestError("no models folder is set", "pass --to FOLDER", field="to", got=None)
-    return models_folder(root)[0]
 
 
 def _there(folder: Path) -> str:
