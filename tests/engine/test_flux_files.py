@@ -281,3 +281,11 @@ def test_a_control_lora_widens_the_input(engine: Engine, tmp_path: Path, mode: s
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
     with pytest.raises(KinemaError, match="in_channels is 16, expected 32"):
         latents(engine, tmp_path, dit=base, **shown)
+
+
+@pytest.mark.parametrize("swapped", [1, 2, 3])
+def test_streamed_blocks_give_the_same_bits(engine: Engine, tmp_path: Path, swapped: int) -> None:
+    _, want = latents(engine, tmp_path)
+    plan, got = latents(engine, tmp_path, blocks_to_swap=swapped, text_encoder_on="streamed")
+    assert plan.experts["model"].resident_blocks == 3 - swapped
+    assert torch.equal(got, want)
