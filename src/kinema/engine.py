@@ -237,7 +237,7 @@ class Engine:
         self.release()
         free = free_memory(plan.device)
         fits = memory.smaller(plan, stages.now, free)
-        kept = ended.details.get("latents") or ended.details.get("steps")
+        kept = next((ended.details[name] for name in ("latents", "steps", "clips") if name in ended.details), None)
         verb = "decode" if "latents" in ended.details else "resume"
         hints = ["pass " + ", or ".join(fits)] if fits else ["take a smaller model, or another machine"]
         hints += [f"what is done is kept: kinema {verb} {kept}"] if kept else []

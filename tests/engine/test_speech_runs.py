@@ -13,7 +13,7 @@ import torch
 
 from kinema import ops
 from kinema.engine import Engine
-from kinema.errors import Cancelled, CheckpointError, OutputError, RequestError
+from kinema.errors import Cancelled, CheckpointError, MachineError, OutputError, RequestError
 from kinema.media.audio import read_audio
 from kinema.media.reader import read_video
 from kinema.media.video import read_metadata
@@ -212,11 +212,28 @@ def test_a_gap_among_finished_clips_is_refused(engine: Engine, ask, tmp_path: Pa
         list(engine.resume(tmp_path / "out.clips"))
 
 
-@pytest.mark.parametrize("name", ["nowhere", "voice.wav"])
+@pytest.mark.parametrize("name", ["nowhere", "voice.wav", "empty"])
 def test_what_holds_no_clips_is_refused(engine: Engine, ask, tmp_path: Path, name: str):
     ask()
-    with pytest.raises(CheckpointError, match="no folder of finished clips"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=name):
         list(engine.resume(tmp_path / name))
+
+
+def test_memory_that_runs_out_between_clips_says_how_to_go_on(engine: Engine, ask, tmp_path: Path):
+    """Out of memory is told by its own error; the clips that are done, and how to go on, belong into it."""
+    plan = engine.plan(ask())
+    with pytest.raises(MachineError) as caught:
+        for event in engine.run(plan, cancelled=lambda: exhausted(tmp_path)):
+            del event
+    assert f"kinema resume {tmp_path / 'out.clips'}" in caught.value.hint
+
+
+def exhausted(folder: Path) -> bool:
+    """Memory runs out as soon as one clip is done."""
+    if (folder / "out.clips").is_dir():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return False
 
 
 # --- refused before a weight is loaded ------------------------------------------------------------------
