@@ -134,12 +134,14 @@ class Residents:
         runner = getattr(model, "run_blocks", None)
         if isinstance(runner, BlockStream):
             runner.close()
-        if worn.key:
-            self._worn.pop(ref)
-            detach(model)
-        if key:
-            self._worn[ref] = Worn(key, attach(model, loras, getattr(torch, ref.dtype)))
-        self._stream(ref, model)
+        try:
+            if worn.key:
+                self._worn.pop(ref)
+                detach(model)
+            if key:
+                self._worn[ref] = Worn(key, attach(model, loras, getattr(torch, ref.dtype)))
+        finally:
+            self._stream(ref, model)
 
     def _release(self) -> None:
         gc.collect()

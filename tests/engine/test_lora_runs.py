@@ -15,7 +15,7 @@ from torch import Tensor
 import kinema.residents
 from checkpoints import official_state, write
 from kinema.engine import Engine
-from kinema.errors import CatalogError, RequestError
+from kinema.errors import CatalogError, CheckpointError, RequestError
 from kinema.lora import LoraRef
 from kinema.media.video import read_metadata
 from kinema.schema import Note, Plan, Request, Result
@@ -199,3 +199,17 @@ def test_streamed_blocks_carry_their_loras(swapped: int, make, loras: dict[str, 
         streamed, result = make(lora=list(case), blocks_to_swap=swapped)
         assert torch.equal(streamed, resident), case
         assert result.plan.experts["model"].resident_blocks == 2 - swapped
+
+
+@pytest.mark.parametrize("more", [{}, {"blocks_to_swap": 1}])
+def test_a_broken_lora_ends_its_own_run_alone(
+    more: dict[str, int], make, loras: dict[str, Path], tmp_path: Path
+) -> None:
+    state = SPELLINGS["comfyui"](LORA)
+    state["diffusion_model.blocks.1.ffn.2.lora_A.weight"] = torch.full((4, DITS["t2v"]["ffn_dim"]), float("nan"))
+    broken = write(tmp_path / "broken.safetensors", state)
+    plain, with_lora = make(**more)[0], make(lora=str(loras["kohya"]), **more)[0]
+    with pytest.raises(CheckpointError, match="not finite"):
+        make(lora=[str(loras["kohya"]), str(broken)], **more)
+    assert torch.equal(make(**more)[0], plain)
+    assert torch.equal(make(lora=str(loras["kohya"]), **more)[0], with_lora)
