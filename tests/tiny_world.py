@@ -83,16 +83,21 @@ files.dit_high = ["diffusion_models/{}_high.safetensors"]
 """
 CONTROL = 'takes = {}\nneeds = ["control"]\nby_area = true\n'
 CAMERA = 'takes = {}\nneeds = ["camera"]\nby_area = true\n'
+FIRST = 'needs = ["first"]\nby_area = true\n'
+ONE_FRAME = '"one_frame", "control_image", "control_mask"'
+INPAINT = 'takes = ["first", "middle", "last", "video", "mask"]\n'
 NEEDS = {
-    "tiny-t2v": ("t2v", ""),
+    "tiny-t2v": ("t2v", 'takes = ["video"]\n'),
     "tiny-t2v-two": ("t2v", TWO.format("t2v")),
-    "tiny-i2v-two": ("i2v", 'takes = ["first", "last"]\nneeds = ["first"]\nby_area = true\n' + TWO.format("i2v")),
-    "tiny-clip": ("clip", 'takes = ["first"]\nneeds = ["first"]\nby_area = true\n'),
-    "tiny-flf": ("flf", 'takes = ["first", "last"]\nneeds = ["first", "last"]\nby_area = true\n'),
-    "tiny-ti2v": ("ti2v", 'takes = ["first"]\nfirst_frame = "overwrite"\nby_area = true\n'),
-    "tiny-vace": ("vace", 'takes = ["control", "video", "mask", "reference", "first", "last"]\nby_area = true\n'),
-    "tiny-inp": ("clip", 'takes = ["first", "last", "video", "mask"]\nby_area = true\n'),
-    "tiny-inp-two": ("i2v", 'takes = ["first", "last", "video", "mask"]\nby_area = true\n' + TWO.format("i2v")),
+    "tiny-i2v-two": ("i2v", f'takes = ["first", "middle", "last"]\n{FIRST}' + TWO.format("i2v")),
+    "tiny-clip": ("clip", f'takes = ["first", {ONE_FRAME}]\n{FIRST}'),
+    "tiny-flf": ("flf", f'takes = ["first", "last", {ONE_FRAME}]\nneeds = ["first", "last"]\nby_area = true\n'),
+    "tiny-ti2v": ("ti2v", 'takes = ["first", "video"]\nfirst_frame = "overwrite"\nby_area = true\n'),
+    "tiny-vace": (
+        "vace", 'takes = ["control", "video", "mask", "reference", "first", "middle", "last"]\nby_area = true\n'
+    ),
+    "tiny-inp": ("clip", INPAINT + 'by_area = true\n'),
+    "tiny-inp-two": ("i2v", INPAINT + 'by_area = true\n' + TWO.format("i2v")),
     "tiny-control21": (
         "control21", CONTROL.format('["control", "first", "reference"]') + 'structure.reference = "optional"\n'
     ),
@@ -100,7 +105,7 @@ NEEDS = {
     "tiny-control22": ("control22", CONTROL.format('["control", "first", "last", "reference"]')),
     "tiny-camera21": ("camera21", CAMERA.format('["camera", "first"]')),
     "tiny-camera22": ("camera22", CAMERA.format('["camera", "first", "last"]')),
-    "tiny-inp5": ("inp5", 'takes = ["first", "last", "video", "mask"]\nfirst_frame = "overwrite"\nby_area = true\n'),
+    "tiny-inp5": ("inp5", INPAINT + 'first_frame = "overwrite"\nby_area = true\n'),
     "tiny-control5": (
         "control5", CONTROL.format('["control", "first", "reference"]') + 'first_frame = "overwrite"\n'
     ),

@@ -5,6 +5,7 @@ What is read, and how it is fitted, is in the Plan. What a model does with a mas
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import cast
 
@@ -18,7 +19,7 @@ from kinema.media.image import read_image
 from kinema.media.reader import read_video
 from kinema.models.encoders import ClipVision
 from kinema.models.wan_vae import WanVAE
-from kinema.schema import ImagePlan, ModelRef, Plan, VideoPlan
+from kinema.schema import ImagePlan, ModelRef, OneFramePlan, Plan, VideoPlan
 from kinema.tensors import CameraConditions, Conditions, ReferenceConditions, VaceConditions
 
 WHITE, GREY = 1.0, 0.0
@@ -33,6 +34,9 @@ def media_conditions(plan: Plan, load: Callable[[ModelRef], nn.Module]) -> Condi
     clip = None if plan.clip_vision is None else _clip_tokens(plan, plan.clip_vision, load)
     adapters = next(iter(plan.experts.values())).config
     encode = Encoder(plan, load)
+    if plan.one_frame is not None:
+        channels_BCFhw = one_frame_channels(plan, plan.one_frame, encode)
+        return Conditions((), clip, channels_BCFhw, positions=plan.one_frame.positions)
     canvas = Canvas.of(plan) if adapters.get("vace") or plan.concat else None
     concat, clean = _channels(plan, canvas, encode)
     return Conditions(
@@ -40,6 +44,7 @@ def media_conditions(plan: Plan, load: Callable[[ModelRef], nn.Module]) -> Condi
         clip,
         concat,
         clean,
+        source_BCFhw=_source_latents(plan, encode),
         vace=_vace(plan, cast(Canvas, canvas), encode) if adapters.get("vace") else None,
         camera=camera_path(plan) if adapters.get("camera") else None,
         reference=_reference(plan, encode) if adapters.get("reference") else None,
@@ -62,11 +67,19 @@ class Encoder:
 
 def read_planned(image: ImagePlan) -> Tensor:
     """Return image_CHW float32 in [-1, 1] at the size the plan gives it."""
-    pixels_CHW = to_video_range(read_image(image.path)[0])
+    pixels_CHW = to_video_range(_pixels(image))
     if image.pad:
         return fit_inside(pixels_CHW, image.width, image.height, image.filter, WHITE)[0]
     fit = crop_to if image.crop else resize
     return fit(pixels_CHW, image.width, image.height, image.filter)
+
+
+def _pixels(image: ImagePlan) -> Tensor:
+    """The image as it is stored, uint8 [H, W, 3]; of a video its last frame, read through to there."""
+    if not image.from_video:
+        return read_image(image.path)[0]
+    newest = deque(read_video(image.path), maxlen=1)
+    return newest[0]
 
 
 def read_frames(video: VideoPlan) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -118,8 +131,9 @@ class Canvas:
                 if bars_HW is not None:
                     canvas.mask_1THW[:, index, bars_HW] = 1
         for image in plan.images:
-            if image.role in ("first", "last"):
-                canvas.put(0 if image.role == "first" else -1, read_planned(image), None)
+            if image.role in ("first", "middle", "last"):
+                place = {"first": 0, "last": plan.frames - 1}.get(image.role, image.frame)
+                canvas.put(cast(int, place), read_planned(image), None)
         canvas.known_CTHW *= 1 - canvas.mask_1THW
         return canvas
 
@@ -165,6 +179,38 @@ def _channels(plan: Plan, canvas: Canvas | None, encode: Encoder) -> tuple[Tenso
     clean = parts["masked"][:, :, :1] if overwrite else None
     device = max((part.device for part in parts.values()), key=lambda device: device.type != "cpu")
     return torch.cat([parts[name].to(device) for name in plan.concat], dim=1), clean
+
+
+def _source_latents(plan: Plan, encode: Encoder) -> Tensor | None:
+    """Latents of the video that sampling starts from."""
+    for video in plan.videos:
+        if video.role == "source":
+            return encode(torch.stack([frame_CHW for frame_CHW, _ in read_frames(video)], dim=1))
+    return None
+
+
+def one_frame_channels(plan: Plan, one: OneFramePlan, encode: Encoder) -> Tensor:
+    """Return mask4 + image channels [1, 4 + z, F, h, w] of one-frame inference: each latent frame encoded alone, mask
+    1 and the control image's latents where there is one, 0 and those of grey where the picture is made.
+
+    A control mask is 1 where its image counts; elsewhere the image is grey and the mask 0, as models of this layout
+    have it (`pack_mask`).
+    Source of the rest: kohya-ss/musubi-tuner src/musubi_tuner/wan_generate_video.py (Apache-2.0).
+    """
+    _, frames, h, w = plan.latent
+    latents = [torch.empty(0)] * frames
+    mask_BCFhw = torch.zeros(1, 4, frames, h, w)
+    latents[one.target] = encode(torch.zeros(3, 1, plan.height, plan.width))
+    images = [image for image in plan.images if image.role == "control_image"]
+    for slot, image in zip(one.controls, images, strict=True):
+        known_1THW = torch.ones(1, 1, plan.height, plan.width)
+        if image.mask is not None:
+            white_CHW = crop_to(to_video_range(read_image(image.mask)[0]), image.width, image.height, "lanczos")
+            known_1THW[0, 0] = (white_CHW.mean(0) > GREY).float()
+        latents[slot] = encode(read_planned(image)[:, None] * known_1THW)
+        mask_BCFhw[0, :, slot] = pack_mask(known_1THW, h, w)[:, 0]
+    latents_BCFhw = torch.cat(latents, dim=2)
+    return torch.cat([mask_BCFhw.to(latents_BCFhw), latents_BCFhw], dim=1)
 
 
 def _control_latents(plan: Plan, encode: Encoder, nothing: Tensor) -> Tensor:
@@ -248,4 +294,4 @@ def _clip_tokens(plan: Plan, ref: ModelRef, load: Callable[[ModelRef], nn.Module
         tokens = (ref.config["image_size"] // ref.config["patch_size"]) ** 2 + 1
         return torch.zeros(1, tokens, ref.config["dim"])
     clip = cast(ClipVision, load(ref))
-    return torch.cat([clip.encode(to_video_range(read_image(image.path)[0])[None]) for image in seen], dim=1)
+    return torch.cat([clip.encode(to_video_range(_pixels(image))[None]) for image in seen], dim=1)

@@ -47,7 +47,7 @@ from kinema.runtime.machine import (
     keep_large_blocks_apart,
     record_calibration,
 )
-from kinema.sampling.denoiser import Branch, noise, sample
+from kinema.sampling.denoiser import Branch, noise, noised, sample
 from kinema.sampling.solvers import Step
 from kinema.schema import (
     Event,
@@ -374,20 +374,23 @@ class Engine:
                 self._get(plan, first)
                 yield loading.tick()
         clean = conditions["cond"].clean_BCFhw
+        start_BCFhw = start_BCFhw.to(device)
+        if (source := conditions["cond"].source_BCFhw) is not None:
+            start_BCFhw = noised(source.to(device), start_BCFhw, plan.steps[0].sigma)
         factors = ops.preview_factors(plan) if plan.output.preview is not None else None
         with stages.measure("sample"):
             yield meter.start()
             try:
-                for step in sample(plan.steps, plan.solver, start_BCFhw.to(device), velocity, clean, after):
+                for step in sample(plan.steps, plan.solver, start_BCFhw, velocity, clean, after):
                     if kept is not None:
                         kept.keep(step)
                     yield meter.tick()
                     _stop_if(cancelled)
                     if plan.output.preview is not None:
-                        yield self._preview(plan, step.index, step.x0[0][:, plan.reference_frames :], factors)
+                        yield self._preview(plan, step.index, ops.of_video(plan, step.x0[0]), factors)
             except NumericsError as error:
                 raise _located(error, velocity.last) from error
-        return step.x[0][:, plan.reference_frames :].cpu()
+        return ops.of_video(plan, step.x[0]).cpu()
 
     def _preview(self, plan: Plan, index: int, latents_CFhw: Tensor, factors: Tensor | None) -> Preview:
         path = cast(Path, plan.output.preview)

@@ -94,6 +94,13 @@ class Velocity:
         return self._current[2]
 
 
+def of_video(plan: Plan, latents_CFhw: Tensor) -> Tensor:
+    """Return the latent frames that are decoded: without those of reference or control images beside them."""
+    if plan.one_frame is not None:
+        return latents_CFhw[:, plan.one_frame.target : plan.one_frame.target + 1]
+    return latents_CFhw[:, plan.reference_frames :]
+
+
 # --- decode and keep -----------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from kinema.schema import Request
 EXCLUSIVE = ({"frames", "seconds"}, {"seeds", "seed"}, {"seeds", "count"})
 """Fields that say the same thing twice: a source of higher rank that gives one drops the other."""
 
-REPEATED = ("lora", "reference", "control_image", "control_mask")
+REPEATED = ("middle", "lora", "reference", "control_image", "control_mask")
 """Fields that are given several times, one item each."""
 
 _KINDS = {

@@ -80,6 +80,11 @@ def _one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, str | int | Path) else value
 
 
+def _strings(value: Any) -> Any:
+    many = _one_or_many(value)
+    return tuple(map(str, many)) if isinstance(many, list | tuple) else many
+
+
 SizeText = Annotated[str | None, BeforeValidator(_parse_size), AfterValidator(_check_size)]
 Bytes = Annotated[int | None, BeforeValidator(_parse_bytes)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)]
@@ -122,8 +127,11 @@ class Request(Frozen):
         "Steps, shift, guidance and boundary of a distilled LoRA; none takes the model's. Default: by its name.",
     )
 
-    first: Path | None = _field("media", "Image that frame 0 shows.")
+    first: Path | None = _field("media", "Image that frame 0 shows; of a video its last frame, to go on from.")
     last: Path | None = _field("media", "Image that the last frame shows.")
+    middle: Annotated[tuple[str, ...], BeforeValidator(_strings)] = _field(
+        "media", "Images that frames between show: IMAGE@40 of frame 40, IMAGE@25% a quarter on; IMAGE the middle.", ()
+    )
     reference: Paths = _field("media", "Reference images.", ())
     control: Path | None = _field("media", "Control video (canny, depth, pose), or a folder of its frames.")
     control_image: Paths = _field("media", "Control images of one-frame inference.", ())
@@ -159,6 +167,9 @@ class Request(Frozen):
     count: int = _field("sampling", "How many videos; seeds count up from the seed.", 1, ge=1, le=10_000)
     seeds: Annotated[tuple[int, ...], BeforeValidator(_split)] = _field("sampling", "Exact seeds, one video each.", ())
     steps: int | None = _field("sampling", "Denoising steps.", ge=1, le=1000)
+    strength: float | None = _field(
+        "sampling", "Video to video: share of the steps that are run, on the noised video. Default: 0.8.", gt=0, le=1
+    )
     shift: float | None = _field("sampling", "Timestep shift.", gt=0, le=1000)
     guidance: float | None = _field("sampling", "Guidance scale; of two-expert models the low-noise expert's.", ge=0)
     guidance_high: float | None = _field("sampling", "Guidance scale of the high-noise expert.", ge=0)
@@ -525,7 +536,10 @@ class OutputPlan(Frozen):
 class ImagePlan(Frozen):
     """How one image is brought to the video's size: cover-crop, whole on white (`pad`), or plain resize.
 
-    clip  whether the model sees its CLIP tokens too, which are of the whole image.
+    clip        whether the model sees its CLIP tokens too, which are of the whole image.
+    frame       of a middle image, the frame of the result that shows it.
+    from_video  `path` is a video, and the image its last frame.
+    mask        of a control image: the picture that is white where it counts.
     """
 
     role: str
@@ -536,11 +550,15 @@ class ImagePlan(Frozen):
     pad: bool = False
     filter: Literal["lanczos", "bicubic", "bilinear"]
     clip: bool = False
+    frame: int | None = None
+    from_video: bool = False
+    mask: Path | None = None
 
 
 class VideoPlan(Frozen):
     """How one input video is brought to the rate, length and size of the one that is made.
 
+    role    "source" is what video to video starts from; "video" is kept, where there is no mask.
     frames  how many are used, from the first on; they are frames 0, 1, ... of the result.
     files   of a folder, the images in it.
     still   it is one picture: of a mask, that of every frame.
@@ -556,6 +574,18 @@ class VideoPlan(Frozen):
     width: int
     height: int
     fit: Literal["crop", "whole"] = "crop"
+
+
+class OneFramePlan(Frozen):
+    """One-frame inference: each latent frame is a picture of its own.
+
+    positions  place in time of each latent frame, rising.
+    target     which of them is made; `controls`: which shows each control image, in the order these were given.
+    """
+
+    positions: tuple[int, ...]
+    target: int
+    controls: tuple[int, ...]
 
 
 class CameraSegment(Frozen):
@@ -659,6 +689,7 @@ class Plan(Frozen):
                       of frame 0, `masked` those of all that is known, `mask` says where that is.
     clips             how a long video is made of several samplings; empty where one makes all of it.
     sound             what is heard in outputs that can hold it.
+    strength          of video to video: `steps` are the last part of a whole schedule, and begin at the noised source.
     hashes, versions  sha256 of every one of `files` by path, and what ran them; filled in when the run ends.
     """
 
@@ -687,6 +718,8 @@ class Plan(Frozen):
     reference_frames: int = 0
     camera: CameraPlan | None = None
     flux: FluxPlan | None = None
+    one_frame: OneFramePlan | None = None
+    strength: float | None = None
     width: int
     height: int
     frames: int
@@ -735,6 +768,7 @@ class Plan(Frozen):
         loras = [lora.path for ref in refs for lora in ref.loras]
         others = [self.text_encoder.tokenizer, *(image.path for image in self.images)]
         others += [file for video in self.videos for file in video.files or (video.path,)]
+        others += [image.mask for image in self.images if image.mask]
         others += [self.camera.path] if self.camera else []
         others += [self.speech.audio, self.speech.pose] if self.speech else []
         others += [self.sound.path] if self.sound else []

@@ -28,6 +28,7 @@ from kinema.media.video import probe
 from kinema.models.tokenizer import Tokenizer
 from kinema.planning import MEDIA_FIELDS, check_media, output_folder
 from kinema.planning.camera import is_pose_file
+from kinema.planning.inputs import split_place
 from kinema.planning.speech import check_speech
 from kinema.provision import activation_bytes, provide
 from kinema.runtime.machine import probe_machine
@@ -52,7 +53,10 @@ COMPONENTS: dict[str, tuple[Component, ...]] = {
 }
 """The kinds of model each role asks for, Wan's first."""
 
-IMAGE_FIELDS = ("first", "last", "reference", "control_image", "control_mask")
+IMAGE_FIELDS = ("first", "last", "middle", "reference", "control_image", "control_mask")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
+"""Of a first image: what is a video, whose last frame is meant."""
+
 TOKENIZER_SOURCE = "the folder google/umt5-xxl of the repository Wan-AI/Wan2.1-T2V-1.3B (spiece.model, tokenizer.json)"
 T5_SOURCE = "the folder tokenizer_2 of FLUX.1, or google/t5-v1_1-xxl (spiece.model, tokenizer.json)"
 CLIP_SOURCE = (
@@ -362,6 +366,8 @@ def _given(request: Request, field: str) -> Iterable[Path]:
     value = getattr(request, field)
     if field == "camera" and value and is_pose_file(value):
         return (Path(value),)
+    if field == "middle":
+        return tuple(split_place(text)[0] for text in value)
     if not value or isinstance(value, str):
         return ()
     return value if isinstance(value, tuple) else (value,)
@@ -375,6 +381,8 @@ def _media(field: str, path: Path, entry: CatalogEntry) -> MediaFacts:
         return pose_facts(path)
     if field == "audio":
         return audio_facts(path)
+    if field == "first" and path.suffix.lower() in VIDEO_SUFFIXES:
+        return probe(path)
     return read_image(path)[1] if still else probe(path)
 
 

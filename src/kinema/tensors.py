@@ -97,6 +97,8 @@ class Conditions:
     clip_BVD      CLIP tokens [B, 257 or 514, 1280], None where the model has no CLIP branch.
     concat_BCFhw  channels concatenated after the noise (mask4 + image16), None where there are none.
     clean_BCFhw   normalised latents that overwrite the first latent frames, whose tokens then see t = 0.
+    source_BCFhw  normalised latents of a video that sampling starts from, noised; None: it starts from noise.
+    positions     place in time of each latent frame, for the rotary embedding; None: 0, 1, 2 ...
     vace, ...     what each adapter is told, None where it is not used.
     flux          what FLUX takes besides, None for Wan.
     """
@@ -105,6 +107,8 @@ class Conditions:
     clip_BVD: Tensor | None = None
     concat_BCFhw: Tensor | None = None
     clean_BCFhw: Tensor | None = None
+    source_BCFhw: Tensor | None = None
+    positions: tuple[int, ...] | None = None
     vace: VaceConditions | None = None
     camera: CameraConditions | None = None
     reference: ReferenceConditions | None = None

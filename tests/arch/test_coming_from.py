@@ -183,10 +183,14 @@ def test_every_short_name_stands_for_a_field():
         ("| `--sample_steps` | `--steps` |", "| `--sample_steps` | not yet: |"),
         ("| `--sample_steps` | `--steps` |", "| `--sample_steps` | `--num-steps` |"),
         ("| `--sample_steps` | `--steps` |", "| `--sample_stepz` | `--steps` |"),
-        ("not yet: one-frame inference |", "`--one-frame` |"),
         ("`kinema decode FILE`", "`kinema undo FILE`"),
     ],
 )
 def test_a_planted_fault_is_caught(old: str, new: str):
     assert old in PAGE
     assert faults(PAGE.replace(old, new))
+
+
+def test_a_flag_that_no_model_takes_is_caught(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(globals(), "catalog_takes", set)
+    assert any("--control" in fault for fault in faults(PAGE))

@@ -283,6 +283,7 @@ def test_every_other_field_is_content(name: str):
         "control_scale": 0.5,
         "keep_audio": True,
         "overlap": 5,
+        "strength": 0.5,
     }
     changed = Request(
         **{name: values.get(name, "64" if name not in ("reference", "control_image", "control_mask") else "x")}

@@ -22,7 +22,7 @@ from kinema.models.adapters.motion import blur_kernel
 from kinema.models.adapters.reference import Reference
 from kinema.models.adapters.speech import Speech
 from kinema.models.adapters.vace import Vace
-from kinema.models.layers import Attention, Linear, RunBlocks, rope_table, run_in_order, sdpa, sinusoid
+from kinema.models.layers import Attention, Linear, RunBlocks, rope_at, run_in_order, sdpa, sinusoid
 from kinema.models.wan_blocks import Block, ClipEmbedding, Context, Head, Stream, pad_texts
 from kinema.models.wan_config import ADAPTER_CONFIGS, PATCH, WanConfig
 from kinema.tensors import Conditions
@@ -127,6 +127,7 @@ class WanDiT(nn.Module):
             bias_1S,
             conditions.concat_BCFhw,
             clean_frames=0 if clean is None else clean.shape[2],
+            positions=conditions.positions,
             adapters=tuple((adapter, state) for adapter, state in states if state is not None),
         )
 
@@ -170,12 +171,16 @@ class WanDiT(nn.Module):
         grid = (tokens.shape[2], tokens.shape[3], tokens.shape[4])
         time_BRD = self.time_embedding(sinusoid(timesteps_BR, self.config.freq_dim)).float()
         modulation_BR6D = self.time_projection(time_BRD).float().unflatten(-1, (6, self.config.dim))
+        places = range(grid[0]) if context.positions is None else context.positions
+        if len(places) != grid[0]:
+            raise ValueError(f"{len(places)} positions for {grid[0]} latent frames")
+        positions = (places, range(grid[1]), range(grid[2]))
         stream = Stream(
             tokens_BLD=tokens.flatten(2).transpose(1, 2).float(),
             time_BRD=time_BRD,
             modulation_BR6D=modulation_BR6D,
             segments=segments,
-            rope_LK=rope_table(grid, self.config.head_dim, dtype=self._rope_dtype(context), device=tokens.device),
+            rope_LK=rope_at(positions, self.config.head_dim, dtype=self._rope_dtype(context), device=tokens.device),
             grid=grid,
             attention=self.attention,
             ffn_tokens=self.ffn_tokens,

@@ -32,12 +32,14 @@ class Context:
     concat_BCFhw   channels put after the noise.
     adapters       each adapter in use, with what its `prepare` made of the conditions.
     clean_frames   leading latent frames that are given, not denoised: their tokens see t = 0.
+    positions      place in time of each latent frame; None: 0, 1, 2 ...
     """
 
     kv: tuple[tuple[Tensor, ...], ...]
     text_bias_1S: Tensor | None = None
     concat_BCFhw: Tensor | None = None
     clean_frames: int = 0
+    positions: tuple[int, ...] | None = None
     adapters: tuple[tuple[Adapter, Any], ...] = ()
 
 

@@ -33,13 +33,12 @@ def check_media(request: Request, entry: CatalogEntry) -> None:
                 allowed=list(entry.takes),
             )
     for field in entry.needs:
-        if not getattr(request, field) and not (field == "audio" and request.speech_text):
+        if not getattr(request, field) and not _stands_in(field, request, entry):
             what, word = NEEDED.get(field, (field, "FILE"))
             raise RequestError(
                 f"{entry.name} needs {what}", f"pass --{field} {word}, or take another model", field=field, got=None
             )
-    # A model that takes videos knows of any frame which part is given.
-    if request.last and not request.first and "video" not in entry.takes:
+    if (request.last and not request.first) and not ({"middle", "one_frame"} & set(entry.takes)):
         raise RequestError(
             f"{entry.name} takes a last image only together with a first one, got only --last {request.last}",
             "pass --first IMAGE as well",
@@ -47,6 +46,15 @@ def check_media(request: Request, entry: CatalogEntry) -> None:
             got=None,
         )
     _check_video_options(request, entry)
+
+
+def _stands_in(field: str, request: Request, entry: CatalogEntry) -> bool:
+    """Whether something was given in place of an input the model needs: another frame, words to speak, controls."""
+    if request.one_frame and "one_frame" in entry.takes:
+        return True
+    if field == "audio" and request.speech_text:
+        return True
+    return field == "first" and "middle" in entry.takes and bool(request.last or request.middle)
 
 
 def _check_video_options(request: Request, entry: CatalogEntry) -> None:
@@ -104,6 +112,8 @@ def _who_takes(field: str) -> str:
         "reference": f"{vace} or wan2.2-fun-control-a14b",
         "video": f"{vace} or {inpaint}",
         "mask": f"{vace} or {inpaint}",
+        "middle": f"wan2.2-i2v-a14b, {inpaint} or {vace}",
+        "one_frame": "wan2.1-i2v-14b-720p or wan2.1-flf2v-14b",
         "camera": "wan2.2-fun-camera-a14b or wan2.1-fun-camera-14b",
         "audio": "wan2.2-s2v-14b",
         "pose": "wan2.2-animate-14b or wan2.2-s2v-14b",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from kinema.errors import CheckpointError, RequestError
-from kinema.planning.geometry import LATENT_CHANNELS
+from kinema.planning.geometry import LATENT_CHANNELS, frames_shown
+from kinema.planning.restart import starts_from_video
 from kinema.schema import AREAS, CatalogEntry, Facts, ImagePlan, MediaFacts, Note, Plan, Request, VideoPlan
 
 VIDEO_ROLES = ("video", "control", "mask")
+PLACE = re.compile(r"(.+)@(\d+)(%?)")
 Channels = tuple[Literal["control", "mask", "masked", "start"], ...]
 
 
@@ -50,12 +53,17 @@ def makes_its_own(entry: CatalogEntry) -> bool:
 
 
 def plan_images(
-    request: Request, entry: CatalogEntry, facts: Facts, size: tuple[int, int], notes: list[Note]
+    request: Request, entry: CatalogEntry, facts: Facts, size: tuple[int, int], frames: int, notes: list[Note]
 ) -> tuple[ImagePlan, ...]:
     plans = []
+    if request.one_frame:
+        return _control_images(entry, facts, size, notes)
     for role in ("first", "last"):
         for media in facts.media.get(role, ()):
             derived = role == "first" and entry.by_area and (request.size is None or request.size in AREAS)
+            if media.kind == "video":
+                text = f"the last of the {media.frames} frames of {media.path.name} is where it goes on from"
+                notes.append(Note(about=role, text=text))
             overwrite = entry.first_frame == "overwrite"
             _note_picture(role, media, size, overwrite or not derived, notes)
             plans.append(
@@ -66,8 +74,10 @@ def plan_images(
                     height=size[1],
                     crop=overwrite or not derived,
                     filter="lanczos" if overwrite else "bicubic",
+                    from_video=media.kind == "video",
                 )
             )
+    plans += _middle_images(request, facts, size, frames, notes)
     if not makes_its_own(entry):
         plans += [_reference(entry, media, size, notes) for media in facts.media.get("reference", ())]
     seen = _seen_by_clip(entry, [plan.role for plan in plans])
@@ -83,7 +93,7 @@ def _seen_by_clip(entry: CatalogEntry, roles: Sequence[str]) -> Sequence[str]:
         return ()
     if entry.structure.get("num_clip_positions"):
         return ("first", "last")
-    return [role for role in ("reference", "first") if role in roles][:1]
+    return [role for role in ("reference", "first", "last") if role in roles][:1]
 
 
 def _reference(entry: CatalogEntry, media: MediaFacts, size: tuple[int, int], notes: list[Note]) -> ImagePlan:
@@ -107,10 +117,71 @@ def _note_picture(role: str, media: MediaFacts, size: tuple[int, int], crop: boo
     if crop and not _same_aspect(media, size):
         shape = f"{media.path.name} ({media.width}x{media.height})"
         notes.append(Note(about=role, text=f"{shape} is cropped at its centre to {size[0]}x{size[1]}"))
-    if media.frames > 1:
+    if media.frames > 1 and media.kind == "image":
         notes.append(Note(about=role, text=f"{media.path.name} has {media.frames} frames; the first is taken"))
     if media.has_alpha:
         notes.append(Note(about=role, text=f"{media.path.name} has transparency, which is dropped"))
+
+
+def split_place(text: str) -> tuple[Path, str | None]:
+    """Return the path of a middle image and where it stands, as written; None where nothing is said of that."""
+    match = PLACE.fullmatch(text)
+    return (Path(match[1]), match[2] + match[3]) if match else (Path(text), None)
+
+
+def _middle_images(
+    request: Request, facts: Facts, size: tuple[int, int], frames: int, notes: list[Note]
+) -> list[ImagePlan]:
+    """Images of frames between the first and the last; RequestError for places that are not, or twice."""
+    plans: list[ImagePlan] = []
+    for text, media in zip(request.middle, facts.media.get("middle", ()), strict=True):
+        place = split_place(text)[1] or "50%"
+        frame = round((frames - 1) * int(place[:-1]) / 100) if place.endswith("%") else int(place)
+        if not 0 < frame < frames - 1 or frame in [plan.frame for plan in plans]:
+            why = "is taken already" if 0 < frame < frames - 1 else f"is not between the first and the last of {frames}"
+            raise RequestError(
+                f"middle {text}: frame {frame} {why}",
+                f"pass --middle {media.path}@FRAME with another FRAME, 1 to {frames - 2}",
+                field="middle",
+                got=text,
+                allowed=f"1 to {frames - 2}",
+            )
+        notes.append(
+            Note(about="middle", text=f"frame {frame} shows {media.path.name}; the model was trained on the ends")
+        )
+        _note_picture("middle", media, size, True, notes)
+        plan = ImagePlan(
+            role="middle", path=media.path, width=size[0], height=size[1], crop=True, filter="bicubic", frame=frame
+        )
+        plans.append(plan)
+    return plans
+
+
+def _control_images(
+    entry: CatalogEntry, facts: Facts, size: tuple[int, int], notes: list[Note]
+) -> tuple[ImagePlan, ...]:
+    """Control images of one-frame inference, with their masks; the CLIP tokens are those of first and last image,
+    and where these are not given, of the first and last control image."""
+    masks = [media.path for media in facts.media.get("control_mask", ())]
+    plans = []
+    for index, media in enumerate(facts.media.get("control_image", ())):
+        _note_picture("control_image", media, size, True, notes)
+        plan = ImagePlan(
+            role="control_image", path=media.path, width=size[0], height=size[1], crop=True, filter="lanczos",
+            mask=masks[index] if index < len(masks) else None,
+        )  # fmt: skip
+        plans.append(plan)
+    both = bool(entry.structure.get("num_clip_positions"))
+    for role, place in (("first", 0), ("last", -1)) if both else (("first", 0),):
+        given = facts.media.get(role, ())
+        if given:
+            path = given[0].path
+            crop: dict[str, Any] = {"width": size[0], "height": size[1], "crop": True, "filter": "bicubic"}
+            plans.append(ImagePlan(role=role, path=path, clip=True, **crop))
+        else:
+            seen = len(facts.media["control_image"]) - 1 if place else 0
+            plans[seen] = plans[seen].model_copy(update={"clip": True})
+    return tuple(plans)
 
 
 def _same_aspect(media: MediaFacts, size: tuple[int, int]) -> bool:
@@ -123,24 +194,18 @@ def _same_aspect(media: MediaFacts, size: tuple[int, int]) -> bool:
 
 def length_of_inputs(request: Request, entry: CatalogEntry, facts: Facts, fps: float, notes: list[Note]) -> int:
     """Return the model's length, or that of the video whose frames decide those of the result, if it is shorter."""
-    role = "control" if request.control else "video" if request.mask or request.outpaint else None
+    follows = request.mask or request.outpaint or starts_from_video(request, entry)
+    role = "control" if request.control else "video" if request.video and follows else None
     if role is None or makes_its_own(entry):
         return entry.frames
     media = facts.media[role][0]
-    whole = (shown_frames(media, fps) - 1) // 4 * 4 + 1
+    whole = (frames_shown(media, fps) - 1) // 4 * 4 + 1
     if media.frames == 1 or whole >= entry.frames:
         return entry.frames
     notes.append(
         Note(about="frames", text=f"{whole}: as long as {media.path.name} at {fps:g} fps, a multiple of 4 and 1")
     )
     return whole
-
-
-def shown_frames(media: MediaFacts, fps: float) -> int:
-    """Return how many frames a video has when it is read at `fps`; a folder of images has each once."""
-    if not media.fps or not media.seconds:
-        return media.frames
-    return max(1, math.ceil(media.seconds * fps - 1e-6))
 
 
 def plan_videos(
@@ -161,6 +226,8 @@ def plan_videos(
     plans = {}
     for role in VIDEO_ROLES:
         for media in facts.media.get(role, ()):
+            if role == "video" and starts_from_video(request, entry):
+                return (_source(request, media, size, frames, fps, notes),)
             fit: Literal["crop", "whole"] = "whole" if request.outpaint and role != "control" else "crop"
             plans[role] = _video(role, media, size, frames, fps, fit, notes)
     if "mask" in plans:
@@ -171,6 +238,24 @@ def plan_videos(
     if "video" in plans:
         _check_room(request, plans["video"], facts.media["video"][0], size, frames, notes)
     return tuple(plans.values())
+
+
+def _source(
+    request: Request, media: MediaFacts, size: tuple[int, int], frames: int, fps: float, notes: list[Note]
+) -> VideoPlan:
+    """The video that sampling starts from: it has to be as long as the result."""
+    plan = _video("source", media, size, frames, fps, "crop", notes)
+    if plan.frames < frames:
+        near = (plan.frames - 1) // 4 * 4 + 1
+        raise RequestError(
+            f"video {plan.path} has {plan.frames} frames at {fps:g} fps; {frames} are to be made of it",
+            f"pass --frames {near}, or a longer video",
+            field="video",
+            got=plan.frames,
+            allowed=frames,
+            nearest=near,
+        )
+    return plan
 
 
 def _video(
@@ -187,7 +272,7 @@ def _video(
         raise RequestError(
             f"{role} {media.path} has sound but no picture", "pass a video", field=role, got=str(media.path)
         )
-    shown = shown_frames(media, fps)
+    shown = frames_shown(media, fps)
     if shown > frames:
         notes.append(
             Note(about=role, text=f"of the {shown} frames of {name} at {fps:g} fps the first {frames} are used")
@@ -279,12 +364,14 @@ def encoded_latent_frames(plan: Plan) -> int:
     """How many latent frames of inputs the VAE encodes."""
     if plan.flux is not None:
         return len(plan.images)
+    if plan.one_frame is not None:
+        return len(plan.one_frame.positions)
     roles = {image.role for image in plan.images} | {video.role for video in plan.videos}
     frames = plan.latent[1] - plan.reference_frames
-    known = bool(roles & {"first", "last", "video"})
+    known = bool(roles & {"first", "last", "middle", "video"})
     count = 2 * frames + plan.reference_frames if _has(plan, "vace") else 0
     count += frames * (("control" in plan.concat and "control" in roles) + ("masked" in plan.concat and known))
-    count += "start" in plan.concat and "first" in roles
+    count += frames * ("source" in roles) + ("start" in plan.concat and "first" in roles)
     count += plan.first_frame == "overwrite" and "masked" not in plan.concat
     return count + (_has(plan, "reference") and "reference" in roles)
 

@@ -20,8 +20,10 @@ from kinema.planning.geometry import LATENT_CHANNELS, PATCH, SPATIAL_STRIDE, lat
 from kinema.planning.inputs import plan_concat, plan_images, plan_videos
 from kinema.planning.lora import plan_loras, step_strengths, with_loras, with_preset
 from kinema.planning.memory import fit
+from kinema.planning.one_frame import plan_one_frame
 from kinema.planning.outputs import plan_output
 from kinema.planning.quantisation import multiplied, quantised
+from kinema.planning.restart import last_steps, plan_strength, starts_from_video
 from kinema.planning.shape import plan_length, plan_size, plan_tile
 from kinema.planning.speech import (
     check_audio_encoder,
@@ -67,12 +69,14 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     task = _task(request, entry)
     width, height = animated.size if animated else plan_size(request, entry, facts, notes)
     driven = plan_speech(request, entry, facts, notes) if entry.structure.get("speech") else None
+    one_frame = plan_one_frame(request, entry, notes)
     frames, fps = animated.length if animated else plan_length(request, entry, facts, notes)
     if driven:
         frames = sum(clip.shown for clip in driven.clips)
     stride = SPATIAL_STRIDE[entry.vae]
     references = len(request.reference) if entry.structure.get("vace") else 0
-    depth = driven.latent_frames if driven else latent_frames(frames) + references
+    beside = len(one_frame.controls) if one_frame else references
+    depth = driven.latent_frames if driven else latent_frames(frames) + beside
     latent = (LATENT_CHANNELS[entry.vae], depth, height // stride, width // stride)
     concat = plan_concat(entry, facts)
     precision: Precision = request.precision or "fast"
@@ -81,7 +85,8 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     tokens = _tokens(latent, facts.files["dit"])
     shift = _shift(request, entry, width * height, tokens)
     boundary = _boundary(request, entry)
-    steps = _steps(request, entry, shift, boundary, notes, loras.preset)
+    strength = plan_strength(request, entry, notes)
+    steps = _steps(request, entry, shift, boundary, strength, notes, loras.preset)
     steps = step_strengths(steps, loras, request, notes)
     prompt, negative = _texts(request, entry, steps, notes)
     for field, count in facts.cut.items():
@@ -111,7 +116,7 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         prompt=prompt,
         negative=negative,
         text_len=entry.text_len,
-        images=_images(request, entry, facts, (width, height), notes),
+        images=_images(request, entry, facts, (width, height), frames, notes),
         videos=plan_videos(request, entry, facts, (width, height), frames, fps, notes),
         first_frame=_first_frame(request, entry, bool(concat)),
         concat=concat,
@@ -119,6 +124,8 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         reference_frames=references,
         camera=plan_camera(request.camera, next(iter(facts.media.get("camera", ())), None), frames, fps, notes),
         flux=_flux(request, entry, facts),
+        one_frame=one_frame,
+        strength=strength,
         width=width,
         height=height,
         frames=frames,
@@ -157,6 +164,10 @@ def _task(request: Request, entry: CatalogEntry) -> str:
         given = [name for name in ("first", "control", "reference") if getattr(request, name)]
         return "image to image" if given else "text to image"
     given = [name for name in ("first", "last") if getattr(request, name)]
+    if request.one_frame:
+        return "image edit"
+    if starts_from_video(request, entry):
+        return "video to video"
     if request.camera:
         return "camera to video"
     if request.control:
@@ -167,6 +178,8 @@ def _task(request: Request, entry: CatalogEntry) -> str:
         return "reference to video"
     if request.frames == 1:
         return "text to image"
+    if request.middle:
+        return "given frames to video"
     return {0: "text to video", 1: "image to video", 2: "first and last frame to video"}[len(given)]
 
 
@@ -177,11 +190,13 @@ def _flux(request: Request, entry: CatalogEntry, facts: Facts) -> FluxPlan | Non
 
 
 def _images(
-    request: Request, entry: CatalogEntry, facts: Facts, size: tuple[int, int], notes: list[Note]
+    request: Request, entry: CatalogEntry, facts: Facts, size: tuple[int, int], frames: int, notes: list[Note]
 ) -> tuple[ImagePlan, ...]:
     if entry.structure.get("speech"):
         return (plan_reference(facts, size, notes),)
-    return (flux_images if entry.family == "flux" else plan_images)(request, entry, facts, size, notes)
+    if entry.family == "flux":
+        return flux_images(request, entry, facts, size, notes)
+    return plan_images(request, entry, facts, size, frames, notes)
 
 
 def _first_frame(request: Request, entry: CatalogEntry, concat: bool) -> Literal["none", "concat", "overwrite"]:
@@ -212,6 +227,7 @@ def _steps(
     entry: CatalogEntry,
     shift: float,
     boundary: float | None,
+    strength: float | None,
     notes: list[Note],
     preset: CatalogLora | None = None,
 ) -> tuple[PlanStep, ...]:
@@ -226,6 +242,8 @@ def _steps(
     for sigma, timestep in zip(grid.sigmas, timesteps, strict=False):
         expert: Expert = "model" if boundary is None else expert_of(timestep, boundary)
         steps.append(PlanStep(sigma=sigma, timestep=timestep, expert=expert, guidance=guidance[expert]))
+    if strength is not None:
+        steps = last_steps(steps, strength, notes)
     for expert in entry.experts:
         if all(step.expert != expert for step in steps):
             notes.append(Note(about="boundary", text=f"the {expert}-noise expert runs no step at boundary {boundary}"))

@@ -16,7 +16,10 @@ from kinema.planning.geometry import (
 from kinema.planning.inputs import length_of_inputs
 from kinema.schema import AREAS, CatalogEntry, Facts, Note, Request
 
-ASPECT_ROLES = {"wan": ("first", "video", "control"), "flux": ("first", "control", "reference")}
+ASPECT_ROLES = {
+    "wan": ("control_image", "first", "last", "middle", "video", "control"),
+    "flux": ("first", "control", "reference"),
+}
 """Inputs whose aspect the video takes where no size is asked for, best first."""
 
 
@@ -75,6 +78,8 @@ def plan_length(request: Request, entry: CatalogEntry, facts: Facts, notes: list
             got=request.seconds,
         )
     fps = request.fps or entry.fps
+    if request.one_frame:
+        return _one(request), fps
     if request.fps and request.fps != entry.fps:
         notes.append(
             Note(about="fps", text=f"plays at {request.fps:g} fps; {entry.name} moves as at {entry.fps:g} fps")
@@ -103,6 +108,19 @@ def plan_length(request: Request, entry: CatalogEntry, facts: Facts, notes: list
             nearest=5,
         )
     return frames, fps
+
+
+def _one(request: Request) -> int:
+    if request.frames not in (None, 1) or request.seconds is not None:
+        length = f"frames {request.frames}" if request.frames else f"seconds {request.seconds}"
+        raise RequestError(
+            f"{length}: one-frame inference makes one picture",
+            "leave out --frames and --seconds",
+            field="frames",
+            got=request.frames,
+            nearest=1,
+        )
+    return 1
 
 
 def plan_tile(request: Request, stride: int) -> int | None:

@@ -99,6 +99,11 @@ def sample(
         yield replace(step, x=denoiser.impose(step.x), x0=denoiser.impose(step.x0))
 
 
+def noised(clean_BCFhw: Tensor, noise_BCFhw: Tensor, sigma: float) -> Tensor:
+    """Return clean latents with the noise that a step at `sigma` expects: (1 - sigma) * clean + sigma * noise."""
+    return (1 - sigma) * clean_BCFhw.float() + sigma * noise_BCFhw
+
+
 def noise(seed: int, shape: Sequence[int], draw: int = 0) -> Tensor:
     """Return standard normal float32 noise from a CPU generator: a seed means the same on every device.
 
