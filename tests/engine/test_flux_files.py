@@ -16,7 +16,7 @@ from torch import Tensor
 from checkpoints import write
 from kinema.engine import Engine
 from kinema.errors import KinemaError
-from kinema.schema import Plan, Request, Result
+from kinema.schema import Plan, Request, Result, Settings
 from kinema.weights.files import open_tensors
 from kinema.weights.keys_flux import PARTS
 from tiny_flux import autoencoder, build_flux, clip_text, transformer, transformers_t5
@@ -94,6 +94,32 @@ def test_fp8_bare_and_all_in_one(engine: Engine, world: TinyWorld, tmp_path: Pat
         "clip_tokenizer": folder / "openai/clip-vit-large-patch14",
     }
     _, got = latents(engine, tmp_path, dit=whole, **tokenizers)
+    assert torch.equal(got, want)
+
+
+def test_an_all_in_one_file_is_found_by_the_model_s_name(world: TinyWorld, engine: Engine, tmp_path: Path) -> None:
+    """A models folder with nothing but the checkpoint and the two tokenizers."""
+    parts = {
+        "flux_dit": transformer("dev"),
+        "flux_vae": autoencoder(),
+        "t5": transformers_t5(),
+        "clip_text": clip_text(),
+    }
+    state = {PARTS[part] + name: tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    root = tmp_path / "models"
+    path = write(root / "checkpoints/all.safetensors", state)
+    for name in ("google", "openai"):
+        shutil.copytree(world.root / "text_encoders" / name, root / "text_encoders" / name)
+    catalog = tmp_path / "one.toml"
+    (text,) = (
+        row for row in world.settings.catalogs[0].read_text().split("\n[models.") if row.startswith('"tiny-flux"')
+    )
+    row = text.replace("diffusion_models/flux_dev.safetensors", "checkpoints/all.safetensors")
+    catalog.write_text("[models." + row.replace('"tiny-flux"', '"tiny-whole"'))
+    with Engine(Settings(models=(root,), catalogs=(catalog,))) as alone:
+        plan, got = latents(alone, tmp_path, model="tiny-whole")
+    _, want = latents(engine, tmp_path)
+    assert {ref.files for ref in (plan.vae, plan.text_encoder, *plan.experts.values())} == {(path,)}
     assert torch.equal(got, want)
 
 

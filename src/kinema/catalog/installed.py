@@ -12,8 +12,8 @@ from kinema.catalog.choice import Card, Choice, Offer, choose, choose_part, kind
 from kinema.catalog.files import CatalogFile, FileSet, Store
 from kinema.catalog.folders import Folders
 from kinema.errors import CatalogError, CheckpointError, KinemaError
-from kinema.schema import CatalogEntry
-from kinema.weights.detect import resolve_folder
+from kinema.schema import CatalogEntry, Component
+from kinema.weights.detect import components_in, resolve_folder
 
 PARTS = {
     "wan": {"text_encoder": "umt5-xxl", "clip_vision": "clip-vit-h", "audio_encoder": "wav2vec2"},
@@ -29,6 +29,10 @@ PARTS = {
 
 
 SHORT = 0.8  # of the published size; sizes of the catalog are right within 5 %
+
+
+INSIDE: dict[Component, str] = {"flux_vae": "vae", "t5": "text_encoder", "clip_text": "clip_text"}
+"""What all-in-one files of FLUX hold besides the transformer, and which roles that fills where nothing else does."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,10 @@ def find_files(
         found |= {role: best.paths[role] for role in wanted}
     for role in (role for role in needed_roles(entry) if not role.startswith("dit") and role not in given):
         found |= _part(role, entry, store, folders, whole, need)
+    if entry.family == "flux" and "dit" in found:
+        held = components_in(found["dit"])
+        inside = {role: found["dit"] for kind, role in INSIDE.items() if kind in held and role not in given}
+        found = {**inside, **found}
     if lacking := missing(entry, {**dict.fromkeys(given), **found}):
         if faults:
             raise faults[0]
