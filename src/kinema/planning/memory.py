@@ -423,7 +423,8 @@ def nearest(plan: Plan, request: Request) -> list[str]:
         if not shortfall(_fitted(_as_asked(bare, freed), freed)):
             words = ", ".join("--" + field.replace("_", "-") for field in own)
             found.append(f"leave out {words}: what the plan chooses fits")
-    frames = _largest(range(plan.frames - 4, 0, -4), lambda n: resized(plan, n, plan.width, plan.height), request)
+    fewer = range(plan.frames - 4, 0, -4) if not plan.clips else range(0)  # a clip has the length its model has
+    frames = _largest(fewer, lambda n: resized(plan, n, plan.width, plan.height), request)
     if frames is not None:
         found.append(f"--frames {frames}")
     step = 2 * (plan.height // plan.latent[2])

@@ -1,0 +1,124 @@
+"""The arithmetic of activations against the tensors layers really make, tracked at published sizes without memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kinema.models.wan import WanConfig, WanDiT, stays_float32
+from kinema.models.wan_vae import WanVAE, WanVAEConfig
+from kinema.planning import activations
+from kinema.tensors import Conditions
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors made under it that are alive, and the most there ever were. Meta tensors cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in known and key not in self.alive:
+                    self.alive[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._drop, key)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _drop(self, key: int) -> None:
+        self.now -= self.alive.pop(key, 0)
+
+
+def flash(q, k, v, **_):
+    """What a fused kernel makes: the result, and no scores."""
+    return torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+
+
+@pytest.fixture(autouse=True)
+def fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
+
+
+DITS = {"14B": (5120, 13824), "1.3B": (1536, 8960), "5B": (3072, 14336)}
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "branches", "parts"),
+    [("14B", "bfloat16", 1, 1), ("14B", "bfloat16", 2, 4), ("1.3B", "float32", 1, 1), ("5B", "bfloat16", 2, 1)],
+)
+def test_dit(model: str, dtype: str, branches: int, parts: int) -> None:
+    dim, ffn_dim = DITS[model]
+    frames, rows, columns = 21, 60, 104
+    tokens = frames * rows * columns // 4
+    with torch.inference_mode(), torch.device("meta"):
+        config = WanConfig(dim=dim, ffn_dim=ffn_dim, num_layers=2, in_channels=16, out_channels=16, text_dim=512)
+        dit = WanDiT(config).requires_grad_(False).eval()
+        dit.attention, dit.ffn_tokens = flash, None if parts == 1 else -(-tokens // parts)
+        for name, parameter in dit.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if stays_float32(name) else getattr(torch, dtype))
+        contexts = [dit.prepare(Conditions((torch.empty(40, 512),))) for _ in range(branches)]
+        x, timesteps = torch.empty(1, 16, frames, rows, columns), torch.empty(1)
+        with Live() as live:
+            dit(x, timesteps, *contexts)
+    predicted = activations.dit_bytes(
+        dataclasses.asdict(config),
+        tokens,
+        0,
+        2 if dtype == "bfloat16" else 4,
+        branches=branches,
+        ffn_tokens=dit.ffn_tokens,
+    )
+    assert predicted == pytest.approx(live.peak, rel=0.06)
+
+
+@pytest.mark.parametrize(("version", "rows", "columns", "chunk"), [("2.1", 60, 104, 1), ("2.1", 90, 160, 2),
+                                                                   ("2.2", 44, 80, 1), ("2.2", 30, 52, 3)])  # fmt: skip
+@pytest.mark.parametrize("decoder", [False, True])
+def test_vae(version: str, rows: int, columns: int, chunk: int, decoder: bool) -> None:
+    new = version == "2.2"
+    with torch.inference_mode(), torch.device("meta"):
+        config = WanVAEConfig(
+            version=version, dim=160 if new else 96, dec_dim=256 if new else 96, z_dim=48 if new else 16
+        )
+        vae = WanVAE(config).requires_grad_(False).eval()
+        stride = vae.spatial_stride
+        latents = torch.empty(1, vae.z_dim, 1 + 3 * chunk, rows, columns)
+        video = torch.empty(1, 3, 1 + 12 * chunk, rows * stride, columns * stride)
+        with Live() as live:
+            for part in vae.decode_chunks(latents, chunk) if decoder else vae.encode_chunks(video, chunk):
+                del part
+    predicted = activations.vae_bytes(dataclasses.asdict(config), rows, columns, 4, decoder=decoder, chunk=chunk)
+    assert predicted == pytest.approx(live.peak, rel=0.04)
+
+
+def test_tiles_are_as_large_as_those_of_the_autoencoder() -> None:
+    from kinema.models.wan_vae_tiles import spans
+
+    for length in (20, 52, 60, 90, 104, 160):
+        for tile in (8, 10, 16, 32, 64, 200):
+            ((start, stop), _), *_ = spans(length, tile)
+            assert activations.tile_cells(length, tile) == stop - start
+
+
+def test_a_feed_forward_in_the_planned_parts_is_no_longer_the_fullest_moment() -> None:
+    for dim, ffn_dim in DITS.values():
+        for size in (2, 4):
+            config = {"dim": dim, "ffn_dim": ffn_dim, "num_layers": 1}
+            part = -(-30_000 // activations.ffn_pieces(config, size))
+            narrow = {**config, "ffn_dim": 1}
+            with_parts = activations.dit_bytes(config, 30_000, 0, size, ffn_tokens=part)
+            assert with_parts <= 1.02 * activations.dit_bytes(narrow, 30_000, 0, size)
