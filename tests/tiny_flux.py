@@ -40,7 +40,7 @@ files.dit = ["diffusion_models/flux_{kind}.safetensors"]
 {more}
 """
 NAMES = {
-    "tiny-flux": ("dev", "shift_by_tokens = true\nby_area = true"),
+    "tiny-flux": ("dev", 'takes = ["first"]\nshift_by_tokens = true\nby_area = true'),
     "tiny-schnell": ("schnell", "shift = 1.0"),
     "tiny-kontext": ("dev", 'takes = ["reference"]\nkontext = true\nshift_by_tokens = true'),
     "tiny-canny": ("canny", 'takes = ["control"]\nneeds = ["control"]\nshift_by_tokens = true'),

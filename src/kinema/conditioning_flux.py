@@ -33,9 +33,11 @@ def flux_conditions(plan: Plan, rows: Mapping[Branch, Tensor], get: Get) -> dict
     flux = cast(FluxPlan, plan.flux)
     prompts: dict[Branch, str] = {"cond": plan.prompt, "uncond": plan.negative}
     pooled = _pooled(flux, [prompts[branch] for branch in rows], get)
-    concat, images = _channels(plan, get), _looked_at(plan, get)
+    concat, images, source = _channels(plan, get), _looked_at(plan, get), _source(plan, get)
     told = {
-        branch: Conditions((text,), concat_BCFhw=concat, flux=FluxConditions(pooled_BD, flux.guidance, images))
+        branch: Conditions(
+            (text,), concat_BCFhw=concat, source_BCFhw=source, flux=FluxConditions(pooled_BD, flux.guidance, images)
+        )
         for (branch, text), pooled_BD in zip(rows.items(), pooled, strict=True)
     }
     if flux.redux is not None:
@@ -71,6 +73,11 @@ def _channels(plan: Plan, get: Get) -> Tensor | None:
     latents_BCFhw = _encoded(read_planned(pictures[0]) * (1 - hole_HW), plan, get)
     cells_Chw = F.pixel_unshuffle(hole_HW[None], plan.height // plan.latent[2])
     return torch.cat([latents_BCFhw, cells_Chw[None, :, None].to(latents_BCFhw)], dim=1)
+
+
+def _source(plan: Plan, get: Get) -> Tensor | None:
+    """Latents of the picture that sampling starts from."""
+    return _encoded(read_planned(_of_role(plan, "first")[0]), plan, get) if plan.strength is not None else None
 
 
 def read_hole(mask: ImagePlan) -> Tensor:

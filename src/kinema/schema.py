@@ -168,7 +168,10 @@ class Request(Frozen):
     seeds: Annotated[tuple[int, ...], BeforeValidator(_split)] = _field("sampling", "Exact seeds, one video each.", ())
     steps: int | None = _field("sampling", "Denoising steps.", ge=1, le=1000)
     strength: float | None = _field(
-        "sampling", "Video to video: share of the steps that are run, on the noised video. Default: 0.8.", gt=0, le=1
+        "sampling",
+        "Video to video, picture to picture: share of the steps that are run, on the noised source. Default: 0.8.",
+        gt=0,
+        le=1,
     )
     shift: float | None = _field("sampling", "Timestep shift.", gt=0, le=1000)
     guidance: float | None = _field("sampling", "Guidance scale; of two-expert models the low-noise expert's.", ge=0)
@@ -689,7 +692,7 @@ class Plan(Frozen):
                       of frame 0, `masked` those of all that is known, `mask` says where that is.
     clips             how a long video is made of several samplings; empty where one makes all of it.
     sound             what is heard in outputs that can hold it.
-    strength          of video to video: `steps` are the last part of a whole schedule, and begin at the noised source.
+    strength          of video or picture to the same: `steps` are the last of a schedule, from the noised source on.
     hashes, versions  sha256 of every one of `files` by path, and what ran them; filled in when the run ends.
     """
 

@@ -104,6 +104,24 @@ def test_fill_makes_what_is_white_in_the_mask(engine: Engine, tmp_path: Path) ->
         run(engine, tmp_path / "c.png", model="tiny-fill", first=image)
 
 
+def test_a_picture_is_painted_over_by_strength(engine: Engine, tmp_path: Path) -> None:
+    """The steps are the last ones of the whole schedule; the fewer, the nearer the picture stays to its latents."""
+    image = picture(tmp_path / "image.png")
+    given = np.array(Image.open(image).convert("RGB")).astype(int)
+    far = []
+    for strength, count in ((0.25, 1), (0.5, 2), (1.0, 4)):
+        plan, pixels = run(
+            engine, tmp_path / f"{count}.png", model="tiny-flux", first=image, strength=strength, steps=4, guidance=1.0
+        )
+        assert plan.task == "image to image" and len(plan.steps) == count
+        far.append(np.abs(pixels - given).mean())
+    whole, _ = run(engine, tmp_path / "whole.png", model="tiny-flux", steps=4)
+    assert plan.steps == whole.steps
+    some, _ = run(engine, tmp_path / "some.png", model="tiny-flux", first=image, strength=0.5, steps=4)
+    assert some.steps == whole.steps[2:]
+    assert len(set(far)) == 3
+
+
 def test_control_and_redux_images_count(engine: Engine, tmp_path: Path) -> None:
     one, two = picture(tmp_path / "one.png"), picture(tmp_path / "two.png", seed=5)
     for model, field in (("tiny-canny", "control"), ("tiny-redux", "reference")):
@@ -148,7 +166,8 @@ WRONG = {
     "a video": ({"frames": 17}, RequestError, "--frames 17 means nothing"),
     "seconds": ({"seconds": 2}, RequestError, "--seconds 2 means nothing"),
     "a size": ({"size": "60x64"}, RequestError, "multiples of 16"),
-    "an image": ({"first": "image.png"}, RequestError, "takes no first"),
+    "a mask": ({"mask": "image.png"}, RequestError, "takes no mask"),
+    "a strength without a picture": ({"strength": 0.5}, RequestError, "has no picture to start from"),
     "no tokenizer": ({"clip_tokenizer": "."}, CatalogError, "holds no CLIP tokenizer"),
     "another encoder": ({"text_encoder": "text_encoders/tiny_clip_l.safetensors"}, RequestError, "as --clip-text"),
     "another autoencoder": ({"vae": "diffusion_models/flux_dev.safetensors"}, RequestError, "pass it as --dit"),
@@ -162,7 +181,7 @@ def test_what_means_nothing_is_refused_before_loading(
 ) -> None:
     fields, kind, words = WRONG[name]
     picture(tmp_path / "image.png")
-    places = {"first": tmp_path, "clip_tokenizer": tmp_path}
+    places = {"mask": tmp_path, "clip_tokenizer": tmp_path}
     fields = {k: places.get(k, world.root) / v if isinstance(v, str) and k != "size" else v for k, v in fields.items()}
     assert issubclass(kind, KinemaError)
     with pytest.raises(kind, match=words):

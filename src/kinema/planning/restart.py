@@ -1,4 +1,4 @@
-"""Video to video: sampling that starts from a noised video, at the step its strength says.
+"""Video to video, and FLUX's picture to picture: sampling starts from a noised source, at the step its strength says.
 
 Source of the rule: huggingface/diffusers pipelines/wan/pipeline_wan_video2video.py (Apache-2.0).
 """
@@ -14,7 +14,9 @@ STRENGTH = 0.8
 
 
 def starts_from_video(request: Request, entry: CatalogEntry) -> bool:
-    """Whether the request's video is what sampling starts from, not a part of the result that is kept."""
+    """Whether the request's video (of FLUX: its picture) is what sampling starts from, not a part that is kept."""
+    if entry.family == "flux":
+        return request.first is not None and "mask" not in entry.takes
     drives = entry.structure.get("speech") or entry.structure.get("animate")
     return request.video is not None and "mask" not in entry.takes and not drives
 
@@ -26,11 +28,14 @@ def plan_strength(request: Request, entry: CatalogEntry, notes: list[Note]) -> f
     """
     if starts_from_video(request, entry):
         if request.strength is None:
-            notes.append(Note(about="strength", text=f"{STRENGTH:g}; a smaller one keeps more of the video"))
+            notes.append(Note(about="strength", text=f"{STRENGTH:g}; a smaller one keeps more of the source"))
         return STRENGTH if request.strength is None else request.strength
     if request.strength is None:
         return None
-    if request.video is None:
+    if entry.family == "flux":
+        hint = "pass --first PICTURE as well" if "first" in entry.takes else "take flux.1-dev, with --first PICTURE"
+        message = f"strength {request.strength:g} has no picture to start from"
+    elif request.video is None:
         hint = (
             "pass --video VIDEO as well" if "video" in entry.takes else "take a text-to-video model, with --video VIDEO"
         )
@@ -58,6 +63,6 @@ def last_steps(steps: Sequence[PlanStep], strength: float, notes: list[Note]) ->
         )
     run = list(steps[-count:])
     text = f"the last {count} of {len(steps)} steps are run, from sigma {run[0].sigma:.4f} on"
-    ignored = "; nothing of the video is left in noise of sigma 1" if run[0].sigma == 1 else ""
+    ignored = "; nothing of the source is left in noise of sigma 1" if run[0].sigma == 1 else ""
     notes.append(Note(about="strength", text=text + ignored))
     return run
