@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
 import sys
 import tempfile
 import threading
@@ -103,9 +104,15 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=21)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--write", type=Path, help="only write the files there: in a process of its own, which leaves")
     options = parser.parse_args()
+    if options.write:
+        world(options.write, options.layers)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        settings = world(Path(folder), options.layers)
+        command = [sys.executable, __file__, "--write", folder, "--layers", str(options.layers)]
+        subprocess.run(command, check=True)
+        settings = Settings(models=(Path(folder),), catalogs=(Path(folder) / "large.toml",))
         request = Request(
             model="large", prompt="a cat walks on grass", seed=1, steps=1, guidance=1.0, device="cpu",
             size=options.size, frames=options.frames, dtype=options.dtype, save=Path(folder) / "x.mp4",
