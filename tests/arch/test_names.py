@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("src", "tests", "recipes", "bench", "docs")
-MOST_LINES = 900
+MOST_LINES = 700
 MOST_LINES_OF_A_FUNCTION = 100
 EMPTY_WORDS = {"util", "utils", "common", "helper", "helpers", "misc", "base", "manager"}
 
@@ -44,7 +44,7 @@ def bad_names(path: str, text: str) -> list[str]:
 
 
 def too_long(path: str, text: str) -> list[str]:
-    """Return the file if it has over 900 lines, and every function over 100."""
+    """Return the file if it has over 700 lines, and every function over 100."""
     count = len(text.splitlines())
     faults = [f"{path}: {count} lines"] if count > MOST_LINES else []
     for node in ast.walk(ast.parse(text)):
@@ -86,6 +86,6 @@ def test_good_names_pass():
 
 
 def test_planted_length_is_caught():
-    assert too_long("x.py", "x = 1\n" * 901)
+    assert too_long("x.py", "x = 1\n" * 701)
     assert too_long("x.py", "def f():\n" + "    x = 1\n" * 100)
     assert not too_long("x.py", "def f():\n" + "    x = 1\n" * 99)

@@ -1,0 +1,93 @@
+"""The nouns without tensors: what is asked (Request), what was found out (facts), what will be done (Plan).
+
+Everything here is frozen, JSON in and JSON out, and knows nothing of torch. The command line, the
+JSON Schema, HTTP bodies and the reference page are all generated from `Request`.
+"""
+
+from __future__ import annotations
+
+from kinema.lora import CatalogLora, LoraPlan
+from kinema.schema.events import Event, Preview, Progress, Result, StageReport
+from kinema.schema.facts import CatalogEntry, Facts, FileFacts, Machine, MediaFacts, Note, calibration_key
+from kinema.schema.plan import (
+    AnimatePlan,
+    CameraPlan,
+    CameraSegment,
+    ClipPlan,
+    FluxPlan,
+    ImagePlan,
+    Limits,
+    ModelRef,
+    OneFramePlan,
+    OutputPlan,
+    Plan,
+    PlanStep,
+    SoundPlan,
+    SpeechPlan,
+    StageCost,
+    VideoPlan,
+)
+from kinema.schema.request import UNITS, Bytes, Paths, Request, SizeText
+from kinema.schema.settings import Hub, Settings
+from kinema.schema.words import (
+    AREAS,
+    Component,
+    Dtype,
+    Expert,
+    Frozen,
+    OutputKind,
+    Placement,
+    Precision,
+    Quantise,
+    Solver,
+)
+
+__all__ = [
+    "AREAS",
+    "UNITS",
+    "AnimatePlan",
+    "Bytes",
+    "CameraPlan",
+    "CameraSegment",
+    "CatalogEntry",
+    "CatalogLora",
+    "ClipPlan",
+    "Component",
+    "Dtype",
+    "Event",
+    "Expert",
+    "Facts",
+    "FileFacts",
+    "FluxPlan",
+    "Frozen",
+    "Hub",
+    "ImagePlan",
+    "Limits",
+    "LoraPlan",
+    "Machine",
+    "MediaFacts",
+    "ModelRef",
+    "Note",
+    "OneFramePlan",
+    "OutputKind",
+    "OutputPlan",
+    "Paths",
+    "Placement",
+    "Plan",
+    "PlanStep",
+    "Precision",
+    "Preview",
+    "Progress",
+    "Quantise",
+    "Request",
+    "Result",
+    "Settings",
+    "SizeText",
+    "Solver",
+    "SoundPlan",
+    "SpeechPlan",
+    "StageCost",
+    "StageReport",
+    "VideoPlan",
+    "calibration_key",
+]
