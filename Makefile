@@ -3,13 +3,15 @@
 # make lint    ruff format, ruff check, mypy
 # make clean   remove what these made
 #
-# Variables: PYTHON=python3.12 chooses the interpreter, VENV=dir the environment, PYTEST_ARGS="-k vae" is passed on.
+# Variables: PYTHON=python3.12 chooses the interpreter, VENV=dir the environment, PYTEST_ARGS="-k vae" is passed on,
+# WORKERS=8 runs the tests in so many processes of one thread.
 # pip takes its package index from its own configuration, so mirrors and a CPU-only torch index work as usual
 # (docs/troubleshooting.md, "The install downloads gigabytes").
 
 VENV ?= .venv
 PYTHON ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -26,7 +28,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/kinema demo
 
 test: lint
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: lint-format lint-rules lint-types
 
