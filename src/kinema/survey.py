@@ -257,7 +257,7 @@ def _with_room(
 
 
 def _lora_path(ref: LoraRef, settings: Settings) -> Path:
-    path = ref.path.expanduser()
+    path = _here(ref.path, settings).expanduser()
     found = path if path.exists() else Folders.of(settings).find("loras", str(ref.path))
     if found is None:
         raise CatalogError(

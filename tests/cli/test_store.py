@@ -157,6 +157,8 @@ def test_a_repository_is_pulled_and_generate_takes_its_address(cli: Cli, root: P
     fill(hub, "me/mine", "sub/b.bin")
     ran = cli("generate", "a cat", "--model", "hf:me/mine")
     assert ran.code == 3 and "kinema models pull hf:me/mine" in ran.err
+    ran = cli("generate", "a cat", "--model", "demo", "--lora", "hf:me/mine:a.bin:0.5")
+    assert ran.code == 3 and "kinema models pull hf:me/mine:a.bin" in ran.err
     assert cli("models", "pull", "hf:me/mine:sub/*").code == 0
     assert (root / "me/mine/sub/b.bin").read_bytes() == DATA and not (root / "me/mine/a.bin").exists()
 

@@ -95,7 +95,7 @@ def test_which_steps_are_run_is_in_the_plan(clip: Path, tiny_world: TinyWorld, t
     default = planned(tiny_world, "tiny-t2v", tmp_path, steps=10, video=clip)
     assert len(default.steps) == 8 and any("0.8" in note.text for note in default.notes)
     all_ = planned(tiny_world, "tiny-t2v", tmp_path, steps=10, video=clip, strength=1, solver="euler")
-    assert len(all_.steps) == 10 and any("nothing of the video" in note.text for note in all_.notes)
+    assert len(all_.steps) == 10 and any("nothing of the source" in note.text for note in all_.notes)
 
 
 def test_noise_is_mixed_by_the_first_sigma() -> None:
