@@ -60,6 +60,12 @@ def pixels(path: Path) -> torch.Tensor:
     return torch.stack(list(read_video(path))).float()
 
 
+def same_video(path: Path, other: Path) -> bool:
+    """Whether two files show the same frames. Of the same frames the encoder now and then makes another B-frame, up to
+    15 levels off in a few pixels; frames of another clip are tens of levels off everywhere."""
+    return bool((pixels(path) - pixels(other)).abs().mean() < 0.5)
+
+
 @pytest.fixture(scope="module")
 def whole(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """One run of three clips, for several tests to look at."""
@@ -97,7 +103,7 @@ def test_clips_differ_and_join_in_order(engine: Engine, ask, whole: Result, tmp_
     (result,) = (
         e for e in engine.decode(whole.paths[1], Request(save=tmp_path / "again.mp4")) if isinstance(e, Result)
     )
-    assert torch.equal(pixels(result.paths[0]), pixels(whole.paths[0]))
+    assert same_video(result.paths[0], whole.paths[0])
     latents, plan = ops.read_latents(whole.paths[1])
     parts = latents.split(plan.latent[1], dim=1)
     assert len(parts) == 3 and not torch.equal(parts[0], parts[1])
@@ -178,7 +184,7 @@ def test_a_cancelled_run_goes_on_from_its_finished_clips(engine: Engine, ask, wh
     assert {e.total for e in events if isinstance(e, Progress) and e.stage == "sample"} == {4}
     (result,) = (event for event in events if isinstance(event, Result))
     assert result.paths[0] == tmp_path / "out.mp4" and not folder.exists()
-    assert torch.equal(pixels(result.paths[0]), pixels(whole.paths[0]))
+    assert same_video(result.paths[0], whole.paths[0])
 
 
 def test_finished_clips_alone_make_a_video(engine: Engine, ask, whole: Result, tmp_path: Path):
