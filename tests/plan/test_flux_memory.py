@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from checkpoints import manifest, write_sparse
@@ -39,3 +42,15 @@ def test_more_memory_keeps_more_blocks(files: dict[str, FileFacts]) -> None:
         for gigabytes in (8, 12, 16, 24)
     ]
     assert kept == sorted(set(kept)) and kept[0] > 0
+
+
+def test_the_page_says_what_the_plan_does(files: dict[str, FileFacts]) -> None:
+    page = (Path(__file__).parents[2] / "docs/flux.md").read_text("utf-8")
+    rows = re.findall(r"\| (\d+) GB \| (\w+) \| (\w+) \| ([\d.]+) GB \|", page)
+    assert len(rows) == 5
+    for card, stay, t5, peak in rows:
+        made = plan("flux.1-dev", facts={"files": files}, vram=f"{card}GB", ram="32GB")
+        resident = made.experts["model"].resident_blocks
+        assert stay == ("all" if resident is None else str(resident)), card
+        assert t5 == ("whole" if made.text_encoder.resident_blocks is None else "streamed"), card
+        assert f"{max(cost.peak_bytes for cost in made.costs) / 1e9:.1f}" == peak, card
