@@ -73,3 +73,28 @@ class Layer(nn.Module):
         x_BLD = x_BLD + self.self_attn(self.layer_norm1(x_BLD))
         x_BLD = x_BLD + self.mlp(self.layer_norm2(x_BLD))
         return x_BLD
+
+
+class Tower(nn.Module):
+    """Layers one after the other. Arguments as of `Layer`."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        dim: int,
+        mlp_dim: int,
+        num_heads: int,
+        *,
+        eps: float,
+        activation: Activation,
+        causal: bool,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            Layer(dim, mlp_dim, num_heads, eps=eps, activation=activation, causal=causal) for _ in range(num_layers)
+        )
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        for layer in self.layers:
+            x_BLD = layer(x_BLD)
+        return x_BLD

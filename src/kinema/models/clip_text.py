@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema.errors import CatalogError, CheckpointError
-from kinema.models.clip_layers import Layer, quick_gelu
+from kinema.models.clip_layers import Tower, quick_gelu
 from kinema.models.layers import LayerNorm
 from kinema.models.tokenizer import Tokens
 
@@ -52,22 +52,6 @@ class Embeddings(nn.Module):
         return x_BSD + self.position_embedding.weight[: ids_BS.shape[1]].float()
 
 
-class Tower(nn.Module):
-    def __init__(self, config: ClipTextConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            Layer(
-                config.dim,
-                config.mlp_dim,
-                config.dim // HEAD_DIM,
-                eps=config.eps,
-                activation=quick_gelu,
-                causal=True,
-            )
-            for _ in range(config.num_layers)
-        )
-
-
 class ClipText(nn.Module):
     """Token ids to one vector: the last layer's row of the first end token, after the final norm."""
 
@@ -75,7 +59,15 @@ class ClipText(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.encoder = Tower(config)
+        self.encoder = Tower(
+            config.num_layers,
+            config.dim,
+            config.mlp_dim,
+            config.dim // HEAD_DIM,
+            eps=config.eps,
+            activation=quick_gelu,
+            causal=True,
+        )
         self.final_layer_norm = LayerNorm(config.dim, config.eps)
 
     @torch.no_grad()
@@ -85,9 +77,7 @@ class ClipText(nn.Module):
         Attention is causal: padding behind the end token would change nothing, and is left out.
         """
         x_BSD = self.embeddings(torch.tensor([ids], device=self.embeddings.token_embedding.weight.device))
-        for layer in self.encoder.layers:
-            x_BSD = layer(x_BSD)
-        pooled_BD: Tensor = self.final_layer_norm(x_BSD[:, ids.index(ids[-1])])
+        pooled_BD: Tensor = self.final_layer_norm(self.encoder(x_BSD)[:, ids.index(ids[-1])])
         return pooled_BD
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kinema.models.clip_layers import Layer, gelu_tanh
+from kinema.models.clip_layers import Tower, gelu_tanh
 from kinema.models.layers import LayerNorm, Linear
 
 HEAD_DIM = 72
@@ -39,22 +39,6 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding((config.image_size // config.patch_size) ** 2, config.dim)
 
 
-class Tower(nn.Module):
-    def __init__(self, config: SiglipConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            Layer(
-                config.dim,
-                config.mlp_dim,
-                config.dim // HEAD_DIM,
-                eps=config.eps,
-                activation=gelu_tanh,
-                causal=False,
-            )
-            for _ in range(config.num_layers)
-        )
-
-
 class Siglip(nn.Module):
     """Image tower with its final norm, without the pooling head."""
 
@@ -62,7 +46,15 @@ class Siglip(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.encoder = Tower(config)
+        self.encoder = Tower(
+            config.num_layers,
+            config.dim,
+            config.mlp_dim,
+            config.dim // HEAD_DIM,
+            eps=config.eps,
+            activation=gelu_tanh,
+            causal=False,
+        )
         self.post_layernorm = LayerNorm(config.dim, config.eps)
 
     @torch.no_grad()
@@ -73,9 +65,7 @@ class Siglip(nn.Module):
         weight = self.embeddings.patch_embedding.weight
         patches: Tensor = self.embeddings.patch_embedding(pixels.to(weight.device, weight.dtype))
         x_BVD = patches.flatten(2).transpose(1, 2).float() + self.embeddings.position_embedding.weight.float()
-        for layer in self.encoder.layers:
-            x_BVD = layer(x_BVD)
-        rows_BVD: Tensor = self.post_layernorm(x_BVD)
+        rows_BVD: Tensor = self.post_layernorm(self.encoder(x_BVD))
         return rows_BVD
 
 
