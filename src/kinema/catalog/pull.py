@@ -272,7 +272,8 @@ def _fetch_pieces(transfers: list[Transfer], client: HubClient, connections: int
             thread.join()
     if crew.faults:
         raise _told(crew.faults[0])
-    yield _progress(transfers, begin, already)  # the end is told however quick it came
+    if transfers:  # the end is told however quick it came
+        yield _progress(transfers, begin, already)
 
 
 def _progress(transfers: list[Transfer], begin: float, already: int) -> Progress:
