@@ -167,6 +167,11 @@ WRONG = {
     "seconds": ({"seconds": 2}, RequestError, "--seconds 2 means nothing"),
     "a size": ({"size": "60x64"}, RequestError, "multiples of 16"),
     "a mask": ({"mask": "image.png"}, RequestError, "takes no mask"),
+    "a feed-forward in parts": ({"ffn_tokens": 64}, RequestError, "has no use for --ffn-tokens 64"),
+    "a chunk": ({"chunk": 2}, RequestError, "has no use for --chunk 2"),
+    "an embedder without references": (
+        {"redux": "style_models/tiny_redux.safetensors"}, RequestError, "flux.1-redux-dev takes it"
+    ),
     "a strength without a picture": ({"strength": 0.5}, RequestError, "has no picture to start from"),
     "no tokenizer": ({"clip_tokenizer": "."}, CatalogError, "holds no CLIP tokenizer"),
     "another encoder": ({"text_encoder": "text_encoders/tiny_clip_l.safetensors"}, RequestError, "as --clip-text"),

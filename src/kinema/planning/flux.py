@@ -46,6 +46,12 @@ PARTS: dict[str, Component] = {
 """What each role of a FLUX model must be."""
 
 
+OF_VIDEO = ("ffn_tokens", "vae_cache", "chunk", "outpaint")
+"""Fields that say how videos are made, and would change nothing here."""
+
+OF_REDUX = ("redux", "clip_vision")
+
+
 def check_flux(request: Request, entry: CatalogEntry, facts: Facts) -> None:
     """Raise unless the files are FLUX's and fit each other, and the request asks only what images have."""
     for role, wanted in PARTS.items():
@@ -77,6 +83,14 @@ def check_flux(request: Request, entry: CatalogEntry, facts: Facts) -> None:
                 field=field,
                 got=value,
             )
+    idle = (*OF_VIDEO, *(() if entry.redux else OF_REDUX))
+    for field in (field for field in idle if getattr(request, field)):
+        raise RequestError(
+            f"{entry.name} has no use for --{field.replace('_', '-')} {getattr(request, field)}",
+            "leave it out" + ("; flux.1-redux-dev takes it" if field in OF_REDUX else ""),
+            field=field,
+            got=str(getattr(request, field)),
+        )
     if request.guidance is not None and not dit.config["has_guidance"]:
         raise RequestError(
             f"{entry.name} has no guidance input: --guidance {request.guidance:g} would change nothing",
