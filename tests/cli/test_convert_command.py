@@ -25,7 +25,7 @@ def test_it_says_what_was_written_and_what_that_changed(tiny, dit: Path, tmp_pat
     lines = [json.loads(line) for line in ran.out.splitlines()]
     assert {line["stage"] for line in lines if line["event"] == "progress"} == {"convert", "read back"}
     assert lines[-1]["paths"] == [str(tmp_path / "c.safetensors")] and 0 < lines[-1]["error"] < 0.05
-    assert inspect(tmp_path / "c.safetensors").quantisation == "fp8_e4m3, a scale per tensor"
+    assert inspect(tmp_path / "c.safetensors").quantisation == "fp8_e4m3, a scale per tensor, weight only"
     ran = tiny("inspect", tmp_path / "c.safetensors")
     assert "quantised    fp8_e4m3, a scale per tensor" in ran.out
 

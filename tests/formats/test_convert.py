@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_load import SPELLINGS as NAMES
-from test_quantised import DIT, DIT_STATE, SPELLINGS, TEXT_STATE, islands, matrix, mixed, ref_of, write_gguf
+from test_quantised import DIT, DIT_STATE, MULTIPLIED, SPELLINGS, TEXT_STATE, islands, matrix, mixed, ref_of, write_gguf
 from torch import Tensor
 
 from checkpoints import TINY, TINY_VAE22, official_state, write, write_sparse
@@ -177,6 +177,19 @@ def test_packed_numbers_keep_their_bits_under_other_names(tmp_path: Path, to: st
     for name, tensor in first.items():
         moved = second[f"model.diffusion_model.{name}"]
         assert torch.equal(moved.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("name", MULTIPLIED)
+def test_what_may_be_multiplied_stays_so_under_other_names_or_is_refused(tmp_path: Path, name: str) -> None:
+    stored, _, metadata = MULTIPLIED[name][0](dict(DIT_STATE))
+    source = write(tmp_path / "a.safetensors", {n: t.contiguous() for n, t in stored.items()}, metadata or None)
+    words = inspect(source).quantisation
+    if "+" in words:
+        with pytest.raises(RequestError, match="of some fp8 layers that they are not to be multiplied"):
+            run(source, tmp_path / "b.safetensors", None, "comfyui")
+    else:
+        assert run(source, tmp_path / "b.safetensors", None, "diffusers").facts.quantisation == words
+    assert "weight only" not in run(source, tmp_path / "c.safetensors", "fp8_channel").facts.quantisation
 
 
 def test_a_tokenizer_goes_along_where_it_can(tmp_path: Path) -> None:

@@ -152,6 +152,14 @@ def in_blocks_of_64(state: State) -> tuple[State, State, dict[str, str]]:
     return stored, meaning, {}
 
 
+def musubi(state: State) -> tuple[State, State, dict[str, str]]:
+    stored, meaning, _ = in_blocks_of_64(state)
+    scales = [name for name in stored if name.endswith("weight_scale")]
+    for name in scales:
+        stored[name.replace("weight_scale", "scale_weight")] = stored.pop(name)[..., None]
+    return stored, meaning, {}
+
+
 BLOCKS_ONLY: Callable[[str], bool] = lambda name: not islands(name)  # noqa: E731
 INPUT = lambda layer: {"scale_input": torch.ones(1)}  # noqa: E731
 
@@ -160,7 +168,7 @@ SPELLINGS: dict[str, tuple[Spelling, str]] = {
     "plain e5m2": (plain(E5M2), "fp8_e5m2 plain"),
     "ComfyUI scale_weight": (
         scaled(E4M3, "scale_weight", marker={"scaled_fp8": torch.zeros(2, dtype=E4M3)}, scale_shape=(1,), extra=INPUT),
-        "fp8_e4m3, a scale per tensor",
+        "fp8_e4m3, a scale per tensor, weight only",
     ),
     "Kijai": (
         scaled(E4M3, "scale_weight", only=BLOCKS_ONLY, marker={"scaled_fp8": torch.zeros(0)}, wide=torch.float32),
@@ -174,6 +182,11 @@ SPELLINGS: dict[str, tuple[Spelling, str]] = {
     "LightX2V fp8": (scaled(E4M3, "weight_scale", channel=True, only=BLOCKS_ONLY), "fp8_e4m3, a scale per channel"),
     "LightX2V int8": (scaled(torch.int8, "weight_scale", channel=True, only=BLOCKS_ONLY), "int8, a scale per channel"),
     "block 64": (in_blocks_of_64, "fp8_e4m3, a scale per 64 weights"),
+    "musubi": (musubi, "fp8_e4m3, a scale per 64 weights"),
+    "rowwise comfy_quant": (
+        scaled(E4M3, "weight_scale", channel=True, extra=described({"format": "float8_e4m3fn_rowwise"})),
+        "fp8_e4m3, a scale per channel",
+    ),
     "int8 convrot": (convrot, "int8 rotated, a scale per channel"),
     "quanto int8": (quanto, "int8, a scale per channel"),
 }  # fmt: skip
@@ -232,6 +245,70 @@ def test_umt5_in_fp8(tmp_path: Path, name: str) -> None:
         stored = text_to_transformers(stored)
     path = write(tmp_path / "a.safetensors", {n: t.contiguous() for n, t in stored.items()})
     check(path, meaning, "text_encoder", tmp_path, words)
+
+
+# --- what a file says of multiplying in fp8 -----------------------------------------------------------------
+
+
+def marked(marker: Tensor, name: str = "scaled_fp8") -> Spelling:
+    return scaled(E4M3, "scale_weight", marker={name: marker})
+
+
+def full_precision_ffn(layer: str) -> State:
+    row = {"format": "float8_e4m3fn", "full_precision_matrix_mult": ".ffn." in layer}
+    return described(row)(layer)
+
+
+def header_of_ffn(state: State) -> tuple[State, State, dict[str, str]]:
+    stored, meaning, metadata = in_header(state)
+    said = json.loads(metadata["_quantization_metadata"])
+    for layer in said["layers"]:
+        said["layers"][layer]["full_precision_matrix_mult"] = ".ffn." in layer
+    return stored, meaning, {"_quantization_metadata": json.dumps(said)}
+
+
+ATTENTION_ONLY: Callable[[str], bool] = lambda name: ".ffn." not in name  # noqa: E731
+MULTIPLIED: dict[str, tuple[Spelling, Callable[[str], bool]]] = {
+    "no marker": (scaled(E4M3, "scale_weight"), lambda name: True),
+    "a marker of one element": (marked(torch.zeros(1, dtype=E4M3)), lambda name: True),
+    "an empty marker in float32": (marked(torch.zeros(0)), lambda name: True),
+    "a marker of two elements": (marked(torch.zeros(2, dtype=E4M3)), lambda name: False),
+    "a marker of e5m2": (marked(torch.zeros(0, dtype=E5M2)), lambda name: False),
+    "another part's marker": (marked(torch.zeros(2, dtype=E4M3), "text_encoders.scaled_fp8"), lambda name: True),
+    "comfy_quant": (scaled(E4M3, "weight_scale", extra=full_precision_ffn), ATTENTION_ONLY),
+    "header": (header_of_ffn, ATTENTION_ONLY),
+}
+"""Spelling -> which of its layers may be multiplied in fp8."""
+
+
+@pytest.mark.parametrize("name", MULTIPLIED)
+def test_layers_that_a_file_keeps_from_fp8_multiplication_are_unpacked(tmp_path: Path, name: str) -> None:
+    spell, may = MULTIPLIED[name]
+    stored, _, metadata = spell(dict(DIT_STATE))
+    path = write(tmp_path / "a.safetensors", {n: t.contiguous() for n, t in stored.items()}, metadata or None)
+    facts = inspect(path)
+    module = load(ref_of(facts, "bfloat16", fp8_matmul=True))
+    layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, QuantisedLinear)}
+    assert {path for path, layer in layers.items() if layer.activations} == {path for path in layers if may(path)}
+    assert ("weight only" in facts.quantisation) == (not all(map(may, layers)))
+    x = torch.randn(3, 256).bfloat16()
+    layer = layers["blocks.0.ffn.0"]
+    unpacked = torch.nn.functional.linear(x, layer.dequantised(), layer.bias)
+    assert torch.equal(layer(x), unpacked) is not may("blocks.0.ffn.0")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"format": "float8_e4m3fn", "zero_point": 3}, "float8_e4m3fn with zero_point"),
+        ({"format": "int8_blockwise", "group_size": 128}, "int8_blockwise"),
+        ({"format": "float8_e4m3fn", "params": {"convrot": True, "convrot_groupsize": 48}}, "groups of 48"),
+    ],
+)
+def test_a_description_that_says_more_than_is_known_is_refused(tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    stored, _, _ = scaled(E4M3, "weight_scale", extra=described(row))(dict(DIT_STATE))
+    with pytest.raises(CheckpointError, match=words):
+        inspect(write(tmp_path / "a.safetensors", {n: t.contiguous() for n, t in stored.items()}))
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------

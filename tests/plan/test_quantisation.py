@@ -64,6 +64,9 @@ def test_plain_fp8_is_warned_of() -> None:
         ("fp8_e4m3 plain", True),
         ("fp8_e5m2 plain", False),
         ("fp8_e4m3, a scale per 64 weights", False),
+        ("fp8_e4m3, a scale per tensor, weight only", False),
+        ("fp8_e4m3, a scale per tensor, weight only + fp8_e4m3, a scale per tensor", True),
+        ("fp8_e4m3 plain + fp8_e4m3, a scale per 64 weights", True),
         ("int8, a scale per channel", False),
         ("Q8_0", False),
         ("", False),
@@ -84,4 +87,10 @@ def test_fp8_multiplication_asked_for_in_vain_is_refused() -> None:
         plan(MODEL, facts=with_files(), quantise="fp8", fp8_matmul=True)
     with pytest.raises(RequestError, match=r"holds no fp8 e4m3 matrices .*, but bfloat16"):
         plan(MODEL, facts=with_files(ABLE), fp8_matmul=True)
+    held = "fp8_e4m3, a scale per tensor, weight only"
+    assert "are to be unpacked" in notes(plan(MODEL, facts=with_files(ABLE, quantisation=held)))
+    assert "unpacked" not in notes(plan(MODEL, facts=with_files(quantisation=held)))
+    with pytest.raises(RequestError, match="weight only") as caught:
+        plan(MODEL, facts=with_files(ABLE, quantisation=held), fp8_matmul=True)
+    assert "--to fp8_channel" in caught.value.hint
     assert plan(MODEL, facts=with_files(ABLE), quantise="fp8", fp8_matmul=True).experts["model"].fp8_matmul

@@ -47,7 +47,8 @@ def multiplied(
 
     Raises MachineError or RequestError where it is asked for and cannot be.
     """
-    able = {expert for expert, ref in refs.items() if ref.dtype == "bfloat16" and _scaled_by_row(ref.quantisation)}
+    able = {expert for expert, ref in refs.items() if ref.dtype == "bfloat16" and any(_multiplied(ref))}
+    asked_not_to = [ref.files[0].name for ref in refs.values() if "weight only" in ref.quantisation]
     if request.fp8_matmul and not machine.fp8_matmul:
         raise MachineError(
             f"fp8_matmul: {machine.name or machine.device} does not multiply fp8 numbers; NVIDIA cards from the RTX 40 "
@@ -60,11 +61,18 @@ def multiplied(
         held = ", ".join(ref.quantisation or ref.dtype for ref in refs.values())
         raise RequestError(
             f"fp8_matmul: the DiT holds no fp8 e4m3 matrices with a scale for each row or tensor, but {held}",
-            "pass --quantise fp8 as well, or leave --fp8-matmul out",
+            "leave --fp8-matmul out; `kinema convert --to fp8_channel` makes a file without that mark"
+            if asked_not_to
+            else "pass --quantise fp8 as well, or leave --fp8-matmul out",
             field="fp8_matmul",
             got=True,
         )
-    if not able or not machine.fp8_matmul or request.fp8_matmul is False:
+    if not machine.fp8_matmul or request.fp8_matmul is False:
+        return dict(refs)
+    if asked_not_to:
+        text = f"{asked_not_to[0]} says which of its fp8 matrices are to be unpacked; those are not multiplied in fp8"
+        notes.append(Note(about="fp8_matmul", text=text))
+    if not able:
         return dict(refs)
     if request.fp8_matmul is None:
         text = "fp8 matrices are multiplied as they are, activations rounded to fp8; --fp8-matmul no unpacks them"
@@ -83,10 +91,14 @@ def unpacking_bytes(ref: ModelRef, tokens: int) -> float:
     if not ref.quantisation:
         return 0.0
     dim, wide = ref.config["dim"], max(ref.config.get(side, 0) for side in ("ffn_dim", "mlp_dim", "dim"))
+    unpacked, rounded = dim * wide * (4 if ref.dtype == "float32" else 2), tokens * max(dim, wide)
     if ref.fp8_matmul:
-        return float(tokens * max(dim, wide) + CHUNK_BYTES)
-    return float(dim * wide * (4 if ref.dtype == "float32" else 2) + CHUNK_BYTES)
+        unpacked = rounded if all(_multiplied(ref)) else max(unpacked, rounded)
+    return float(unpacked + CHUNK_BYTES)
 
 
-def _scaled_by_row(quantisation: str) -> bool:
-    return quantisation == "fp8" or ("fp8_e4m3" in quantisation and "weights" not in quantisation)
+def _multiplied(ref: ModelRef) -> list[bool]:
+    """Whether each kind of packed matrix that a recipe holds may be multiplied in fp8 as it is."""
+    kinds = ref.quantisation.split(" + ")
+    unlike = ("rotated", "weights", "weight only")
+    return [kind == "fp8" or ("fp8_e4m3" in kind and not any(word in kind for word in unlike)) for kind in kinds]

@@ -22,6 +22,7 @@ from kinema.weights.passage import STORED, Adjust, Passage, Rows
 from kinema.weights.proof import Proof, compared
 from kinema.weights.quantised.blocks import BLOCK_TYPES
 from kinema.weights.quantised.layers import packable
+from kinema.weights.quantised.packed import NUMBER_TYPES
 from kinema.weights.quantised.schemes import open_weights
 from kinema.weights.spelling import parts_of, spell
 from kinema.weights.structure import build
@@ -200,16 +201,30 @@ class _Conversion:
             spelt = self.spelt[passage.official]
             for part, (begin, end) in zip(spelt, parts_of(spelt, passage.shape, self.facts.config), strict=True):
                 written += passage.written(part, begin, end)
-        if any(passage.scale_name == "scale_weight" for passage in self.passages):
-            # Two elements: the numbers are to be unpacked, not multiplied by fp8 activations without scales.
-            # At the end, for two bytes in front would put every number behind them out of line with the map.
-            marker = torch.zeros(2, dtype=torch.float8_e4m3fn)
-            written.append(_small(f"{self.dialect.prefix}scaled_fp8", marker))
+        # At the end: two bytes in front would put every number behind them out of line with the map.
+        written += self._marker()
         written += [_small(name, self.rows.file.get(name)) for name in self._carried()]
         if self.rows.file.tokenizer and self.wanted.container != "gguf":
             pieces = torch.frombuffer(bytearray(self.rows.file.tokenizer()), dtype=torch.uint8)
             written.append(_small("spiece_model", pieces))
         return written
+
+    def _marker(self) -> list[Written]:
+        """ComfyUI's mark of scaled fp8: two elements say that its weights are only to be unpacked."""
+        packed = [passage for passage in self.passages if str(passage.kind) in NUMBER_TYPES]
+        opted_out = {passage.weight_only for passage in packed}
+        if len(opted_out) > 1:
+            raise RequestError(
+                f"{self.facts.path} says of some fp8 layers that they are not to be multiplied in fp8, of others not; "
+                "that has no place in the file to be written",
+                "say what it is to become, such as --to fp8_scaled or bfloat16",
+                field="to",
+                got=None,
+            )
+        if not any(passage.scale_name == "scale_weight" or passage.weight_only for passage in packed):
+            return []
+        marker = torch.zeros(2 if True in opted_out else 1, dtype=torch.float8_e4m3fn)
+        return [_small(f"{self.dialect.prefix}scaled_fp8", marker)]
 
     def _ignored(self) -> list[str]:
         return [name for names in self.rows.translation.ignored.values() for name in names]

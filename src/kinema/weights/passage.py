@@ -102,6 +102,12 @@ class Passage:
             return ""
         return "weight_scale" if shape else "scale_weight"
 
+    @property
+    def weight_only(self) -> bool:
+        """Whether it is not to be multiplied in fp8: as the source says; ComfyUI has no scale for its input."""
+        packed = self.rows.packed(self.official) if self.scales == STORED else None
+        return packed.weight_only if packed else self.scales == "tensor"
+
     def written(self, part: Spelt, begin: int, end: int) -> Iterator[Written]:
         """Yield what rows begin to end become in the file: the tensor under the part's name, and its scale."""
         rule = part.rule

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +34,14 @@ class _PackedLayer(nn.Module):
 
     def __init__(self, packed: Packed, dtype: torch.dtype) -> None:
         super().__init__()
-        self.kind, self.rotation, self.dtype = packed.kind, packed.rotation, dtype
+        self.form, self.dtype = replace(packed, data=torch.empty(0), scale=None), dtype
         self.out_features, self.in_features = packed.shape
         self.register_buffer("data", packed.data, persistent=False)
         self.register_buffer("scale", packed.scale, persistent=False)
 
     @property
     def packed(self) -> Packed:
-        shape = (self.out_features, self.in_features)
-        return Packed(self.kind, shape, self.data, self.scale, self.rotation)
+        return replace(self.form, data=self.data, scale=self.scale)
 
     def dequantised(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return weight [out, in], unpacked to `dtype`, that of computation by default."""
@@ -57,7 +57,7 @@ class _PackedLayer(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.kind}, computes in {self.dtype}"
+        return f"{self.in_features}, {self.out_features}, {self.form.kind}, computes in {self.dtype}"
 
 
 class QuantisedLinear(_PackedLayer):
@@ -106,10 +106,14 @@ class QuantisedLinear(_PackedLayer):
 
 
 def multiplies(packed: Packed, dtype: torch.dtype) -> bool:
-    """Whether a weight can be multiplied as it is: fp8 e4m3, at most one scale a row, both sides multiples of 16."""
+    """Whether a weight may be multiplied as it is: fp8 e4m3, at most one scale a row, both sides multiples of 16.
+
+    Not where its file says that it is to be unpacked.
+    """
+    if packed.kind != "fp8_e4m3" or packed.rotation or packed.weight_only:
+        return False
     per_row = packed.scale is None or packed.scale.numel() in (1, packed.shape[0])
-    sides = all(side % SCALED_MM_MULTIPLE == 0 for side in packed.shape)
-    return packed.kind == "fp8_e4m3" and dtype == torch.bfloat16 and per_row and sides and not packed.rotation
+    return dtype == torch.bfloat16 and per_row and all(side % SCALED_MM_MULTIPLE == 0 for side in packed.shape)
 
 
 class Activations:

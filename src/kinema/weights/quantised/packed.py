@@ -35,6 +35,7 @@ class Packed:
     data      numbers in `shape`, or blocks uint8 [..., bytes of a row].
     scale     float32: [] for all, [out, 1] for each row, [out, n] for each of n equal parts of a row; None is 1.
     rotation  width of the groups of a row that were turned by a Hadamard matrix before they were rounded; 0 is none.
+    weight_only  its file says that it is to be unpacked, never multiplied as it is.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Packed:
     data: Tensor
     scale: Tensor | None = None
     rotation: int = 0
+    weight_only: bool = False
 
     @property
     def bytes(self) -> int:

@@ -2,8 +2,9 @@
 
 Owns the spellings. A file goes in as it is named on disk and comes out with one name a weight, packed or plain; what is
 neither is refused, never read as plain numbers.
-Source: ComfyUI's two fp8 generations (scale_weight; weight_scale with comfy_quant or _quantization_metadata),
-ModelTC/LightX2V tools/convert (weight_scale, one a row), quanto's state dicts (weight._data, weight._scale).
+Source: ComfyUI's two fp8 generations (scale_weight; weight_scale with comfy_quant or _quantization_metadata) and its
+`convert_old_quants`, ModelTC/LightX2V tools/convert (weight_scale, one a row), kohya-ss/musubi-tuner --fp8_scaled
+(scale_weight, one for 64), quanto's state dicts (weight._data, weight._scale).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,8 +33,24 @@ SCALES = (("scale_weight", "weight"), ("weight_scale", "weight"), ("weight._scal
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DATA = "._data"
 METADATA = "_quantization_metadata"
-FORMATS = {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2", "int8_tensorwise": "int8"}
+FORMATS = {
+    "float8_e4m3fn": "fp8_e4m3",
+    "float8_e4m3fn_rowwise": "fp8_e4m3",
+    "float8_e5m2": "fp8_e5m2",
+    "int8_tensorwise": "int8",
+}
 """What `comfy_quant` and the metadata call the kinds that are read."""
+
+DESCRIBED = {
+    "format",
+    "convrot",
+    "convrot_groupsize",
+    "full_precision_matrix_mult",
+    "orig_dtype",
+    "orig_shape",
+    "params",
+}
+"""What a description may say; of anything else it is not known what it does to the numbers."""
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 
@@ -40,6 +58,8 @@ ACTIVATIONS = re.compile(r".*\.(scale_input|input_scale|output_scale)")
 """Calibrated scales of activations. Ours are taken from each activation, so these are of no use."""
 
 MARKER = re.compile(r"(.*\.)?scaled_fp8")
+"""ComfyUI's first fp8: two elements, or e5m2, say that no weight beside it is to be multiplied in fp8."""
+
 UNREAD = (
     (r".*\.comfy_quant", "ComfyUI's second fp8 and int8 format"),
     (r".*\.scale_weight", "scaled fp8 whose weight is missing or is no fp8"),
@@ -47,6 +67,7 @@ UNREAD = (
     (r".*\.weight_scale", "a scale whose weight is missing or is neither fp8 nor int8"),
     (r".*\.(quant_state|absmax|quant_map|nested_absmax).*", "bitsandbytes"),
     (r".*\.(qweight|qzeros|wscales|g_idx)", "int4 (GPTQ, AWQ or SVDQuant)"),
+    (r".*\.pre_quant_scale", "smoothed, its inputs to be scaled as well"),
     (r".*\.weight\._.+", "quanto, other than its int8 and fp8"),
 )
 """Names that show a quantisation which is not read, once those that are have been taken out."""
@@ -65,7 +86,9 @@ def with_packed(file: TensorFile) -> TensorFile:
     stored = file.stored()
     formats = _formats(file)
     scales = _scales(file, stored)
-    taken = {name for name in stored if ACTIVATIONS.fullmatch(name) or MARKER.fullmatch(name)}
+    markers = [name for name in stored if MARKER.fullmatch(name)]
+    opted_out = tuple(name.removesuffix("scaled_fp8") for name in markers if _opts_out(stored[name]))
+    taken = {name for name in stored if ACTIVATIONS.fullmatch(name) or name in markers}
     taken |= {name for name in stored if name.endswith(".comfy_quant") and name.removesuffix("comfy_quant") in formats}
     tensors: dict[str, Any] = {}
     for name, tensor in stored.items():
@@ -77,15 +100,17 @@ def with_packed(file: TensorFile) -> TensorFile:
         if kind is None or isinstance(tensor, StoredPacked):
             tensors[name] = tensor
             continue
-        rotation = formats.pop(weight.removesuffix("weight"), (kind, 0))
-        if rotation[0] != kind:
-            _refuse(file, name, f"{rotation[0]} by its description and {kind} by its dtype")
+        said = formats.pop(weight.removesuffix("weight"), Described(kind))
+        if said.kind != kind:
+            _refuse(file, name, f"{said.kind} by its description and {kind} by its dtype")
         if scale is None and kind == "int8":
             _refuse(file, name, "int8 without a scale")
-        tensors[weight] = _packed(file, weight, kind, tensor, stored.get(scale or ""), rotation[1])
-    marker = next((name for name in taken if MARKER.fullmatch(name)), None)
-    if marker and not any(isinstance(tensor, StoredPacked) for tensor in tensors.values()):
-        _refuse(file, marker, "scaled fp8 without any fp8 weight")
+        packed = StoredPacked(kind, tensor.shape, tensor, stored.get(scale or ""), said.rotation,
+                              said.weight_only or name.startswith(opted_out))  # fmt: skip
+        _check(file, weight, packed)
+        tensors[weight] = packed
+    if markers and not any(isinstance(tensor, StoredPacked) for tensor in tensors.values()):
+        _refuse(file, markers[0], "scaled fp8 without any fp8 weight")
     if formats:
         _refuse(file, next(iter(formats)), "a description without its weight")
     for name in tensors:
@@ -100,19 +125,23 @@ def describe(file: TensorFile, names: Iterable[str]) -> str:
     for tensor in (stored[name] for name in names):
         if isinstance(tensor, StoredPacked):
             found[_words(tensor)] += tensor.data.bytes
-    return ", ".join(words for words, _ in found.most_common())
+    return " + ".join(words for words, _ in found.most_common())
 
 
 def _words(tensor: StoredPacked) -> str:
     if tensor.kind not in NUMBER_TYPES:
         return tensor.kind
-    turned = " rotated" if tensor.rotation else ""
+    turned, opted_out = " rotated" if tensor.rotation else "", ", weight only" if tensor.weight_only else ""
     if tensor.scale is None:
-        return f"{tensor.kind} plain"
+        return f"{tensor.kind} plain{opted_out}"
     count = tensor.scale.bytes // tensor.scale.dtype.itemsize
     parts = count // max(1, tensor.shape[0])
     per = "tensor" if count == 1 else "channel" if parts == 1 else f"{tensor.shape[-1] // parts} weights"
-    return f"{tensor.kind}{turned}, a scale per {per}"
+    return f"{tensor.kind}{turned}, a scale per {per}{opted_out}"
+
+
+def _opts_out(marker: StoredTensor | StoredPacked) -> bool:
+    return math.prod(marker.shape) == 2 or marker.dtype == torch.float8_e5m2
 
 
 def _scales(file: TensorFile, stored: Mapping[str, Any]) -> dict[str, str]:
@@ -131,8 +160,17 @@ def _scales(file: TensorFile, stored: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _formats(file: TensorFile) -> dict[str, tuple[str, int]]:
-    """Kind and rotation by the layer's name with its dot, where ComfyUI's second format describes the layer."""
+@dataclass(frozen=True)
+class Described:
+    """What a file says of one layer's weight, beside its numbers: fields as of StoredPacked."""
+
+    kind: str
+    rotation: int = 0
+    weight_only: bool = False
+
+
+def _formats(file: TensorFile) -> dict[str, Described]:
+    """What is said of a layer, by its name with its dot, where ComfyUI's second format describes it."""
     described: dict[str, Any] = {}
     try:
         if METADATA in file.metadata:
@@ -155,35 +193,32 @@ def _layer(file: TensorFile, layer: str) -> str:
     return next((f"{prefix}{layer}." for prefix in PREFIXES if f"{prefix}{layer}.weight" in file), f"{layer}.")
 
 
-def _format(file: TensorFile, layer: str, row: Mapping[str, Any]) -> tuple[str, int]:
+def _format(file: TensorFile, layer: str, row: Mapping[str, Any]) -> Described:
+    row = {**row.get("params", {}), **row}
     name = row.get("format")
     if name not in FORMATS:
         _refuse(file, layer.removesuffix("."), f"{name} in ComfyUI's second format")
+    if unknown := sorted(row.keys() - DESCRIBED):
+        _refuse(file, layer.removesuffix("."), f"{name} with {', '.join(unknown)} in ComfyUI's second format")
     rotation = int(row.get("convrot_groupsize", 256)) if row.get("convrot") else 0
     if rotation and (rotation < 4 or 4 ** (rotation.bit_length() // 2) != rotation):
         _refuse(file, layer.removesuffix("."), f"rotated in groups of {rotation}, which is no power of 4")
-    return FORMATS[str(name)], rotation
+    return Described(FORMATS[str(name)], rotation, bool(row.get("full_precision_matrix_mult")))
 
 
-def _packed(
-    file: TensorFile, name: str, kind: str, data: StoredTensor, scale: StoredTensor | StoredPacked | None, rotation: int
-) -> StoredPacked:
-    """One packed weight, its scale and rotation checked against its shape."""
-    shape = data.shape
+def _check(file: TensorFile, name: str, packed: StoredPacked) -> None:
+    """Refuse a weight whose scale or rotation does not fit its shape."""
+    shape, scale = packed.shape, packed.scale
     if isinstance(scale, StoredPacked):
         _refuse(file, name, "a scale that is packed itself")
     if scale is not None:
-        fits = math.prod(scale.shape) == 1 or (
-            len(shape) == 2
-            and (scale.shape == shape[:1] or (len(scale.shape) == 2 and scale.shape[0] == shape[0]))
-            and math.prod(scale.shape) > 0
-            and shape[1] % (math.prod(scale.shape) // shape[0]) == 0
-        )
+        rows, count = scale.shape[:1] == shape[:1], math.prod(scale.shape)
+        flat = len(scale.shape) < 3 or scale.shape[2:] == (1,)  # musubi-tuner's blocks have an axis of size 1 behind
+        fits = count == 1 or (len(shape) == 2 and rows and flat and count > 0 and shape[1] % (count // shape[0]) == 0)
         if not fits or scale.dtype not in SCALE_DTYPES:
             _refuse(file, name, f"a scale of shape {list(scale.shape)} for a weight of shape {list(shape)}")
-    if rotation and (len(shape) != 2 or shape[1] % rotation):
-        _refuse(file, name, f"rotated in groups of {rotation}, which its {list(shape)} does not divide into")
-    return StoredPacked(kind, shape, data, scale, rotation)
+    if packed.rotation and (len(shape) != 2 or shape[1] % packed.rotation):
+        _refuse(file, name, f"rotated in groups of {packed.rotation}, which its {list(shape)} does not divide into")
 
 
 def _refuse(file: TensorFile, name: str, what: str) -> NoReturn:

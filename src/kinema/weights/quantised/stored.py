@@ -21,6 +21,7 @@ class StoredPacked:
     data: StoredTensor
     scale: StoredTensor | None = None
     rotation: int = 0
+    weight_only: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -39,7 +40,7 @@ class StoredPacked:
                 path = self.data.file.path
                 raise CheckpointError(f"{path}: a scale is not finite", "Download it again.", path=path)
             scale = scale.reshape(()) if scale.numel() == 1 else scale.reshape(self.shape[0], -1)
-        return Packed(self.kind, self.shape, self.data.open(), scale, self.rotation)
+        return Packed(self.kind, self.shape, self.data.open(), scale, self.rotation, self.weight_only)
 
     def open(self) -> Tensor:
         """Return the weight unpacked, float32."""
