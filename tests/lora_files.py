@@ -176,6 +176,30 @@ def difference(name: str, out: int, into: int) -> tuple[dict[str, Tensor], Calla
     return {"diff": full}, lambda weight: weight + full
 
 
+def whole(name: str, out: int, into: int) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
+    full = random(name, out, into)
+    return {"set_weight": full}, lambda weight: full
+
+
+BLOCK = 16
+
+
+def oft(name: str, out: int, into: int, alpha: float = 0.0) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
+    """Diagonal OFT as LyCORIS has it: rows in blocks of 16, turned by (1 + Q) (1 - Q)^-1, transposed; lengths after."""
+    blocks, rescale = random(f"{name}.o", out // BLOCK, BLOCK, BLOCK), 1 + random(f"{name}.r", out, 1)
+    skew, eye = blocks - blocks.transpose(1, 2), torch.eye(BLOCK)
+    if alpha and skew.norm() > alpha * out:
+        skew = skew * alpha * out / skew.norm()
+    turns = torch.block_diag(*((eye + q) @ torch.linalg.inv(eye - q) for q in skew))
+    state = {"oft_blocks": blocks, "rescale": rescale, "alpha": torch.tensor(alpha)}
+    return state, lambda weight: rescale * (turns.T @ weight)
+
+
+def oft_limited(name: str, out: int, into: int) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
+    state, apply = oft(name, out, into, alpha=0.01)
+    return {key: tensor for key, tensor in state.items() if key != "rescale"}, lambda w: apply(w) / state["rescale"]
+
+
 ALGORITHMS = {
     "loha": loha,
     "lokr": lokr,
@@ -184,5 +208,8 @@ ALGORITHMS = {
     "dora by column": dora_by_column,
     "dora of peft": dora_of_peft,
     "difference": difference,
+    "whole weight": whole,
+    "oft": oft,
+    "oft limited": oft_limited,
 }
 assert math.isclose(ALPHA / RANK, 0.5)

@@ -6,6 +6,7 @@ No torch; what the tensors mean is kinema.weights.lora's.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -106,10 +107,20 @@ class LoraRef(Frozen):
         A pattern is a glob over the name or over its start: `blocks.0` means all of that block.
         """
 
-        def fits(pattern: str) -> bool:
-            return fnmatchcase(parameter, pattern) or fnmatchcase(parameter, f"{pattern}.*")
+        wanted = not self.only or any(_fits(pattern, parameter) for pattern in self.only)
+        return wanted and not any(_fits(pattern, parameter) for pattern in self.skip)
 
-        return (not self.only or any(map(fits, self.only))) and not any(map(fits, self.skip))
+    def idle(self, parameters: Sequence[str]) -> str | None:
+        """Return the first of the layer patterns that fits none of these parameters, as it was written."""
+        for name, patterns in (("only", self.only), ("skip", self.skip)):
+            for pattern in patterns:
+                if not any(_fits(pattern, parameter) for parameter in parameters):
+                    return f"{name}={pattern}"
+        return None
+
+
+def _fits(pattern: str, parameter: str) -> bool:
+    return fnmatchcase(parameter, pattern) or fnmatchcase(parameter, f"{pattern}.*")
 
 
 def parse_loras(value: Any) -> tuple[LoraRef, ...]:

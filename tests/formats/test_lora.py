@@ -176,6 +176,58 @@ def test_low_rank_on_the_convolution(model: WanDiT, shapes, tmp_path: Path) -> N
     assert close(with_lora(model, LoraRef(path=path)), reference)
 
 
+def tucker_lora(name: str) -> tuple[dict[str, Tensor], Tensor]:
+    down, mid, up = random("t.d", 3, 16, 1, 1, 1), random("t.m", 3, 3, 1, 2, 2), random("t.u", 128, 3, 1, 1, 1)
+    delta = torch.zeros(128, 16, 1, 2, 2)
+    for i in range(3):
+        for j in range(3):
+            delta += up[:, i, None] * mid[i, j] * down[None, j]
+    state = {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up, "alpha": torch.tensor(1.5)}
+    return state, delta / 2
+
+
+def tucker_loha(name: str) -> tuple[dict[str, Tensor], Tensor]:
+    state, factors = {"alpha": torch.tensor(3.0)}, []
+    for w in ("1", "2"):
+        core, outward, inward = random(f"h{w}", 3, 3, 1, 2, 2), random(f"o{w}", 3, 128), random(f"i{w}", 3, 16)
+        state |= {f"hada_t{w}": core, f"hada_w{w}_a": outward, f"hada_w{w}_b": inward}
+        factors.append(torch.tensordot(outward.T, torch.tensordot(inward.T, core, ([1], [1])), ([1], [1])))
+    return state, factors[0] * factors[1]
+
+
+def tucker_lokr(name: str) -> tuple[dict[str, Tensor], Tensor]:
+    w1, core, outward, inward = (random("k1", 4, 4), random("kt", 3, 3, 1, 2, 2), random("ka", 3, 32),
+                                 random("kb", 3, 4))  # fmt: skip
+    small = torch.tensordot(outward.T, torch.tensordot(inward.T, core, ([1], [1])), ([1], [1]))
+    state = {"lokr_w1": w1, "lokr_t2": core, "lokr_w2_a": outward, "lokr_w2_b": inward, "alpha": torch.tensor(3.0)}
+    return state, kron_of_convolution(w1, small)
+
+
+def whole_lokr(name: str) -> tuple[dict[str, Tensor], Tensor]:
+    w1, w2 = random("w1", 4, 4), random("w2", 32, 4, 1, 2, 2)
+    return {"lokr_w1": w1, "lokr_w2": w2}, kron_of_convolution(w1, w2)
+
+
+def kron_of_convolution(w1: Tensor, w2: Tensor) -> Tensor:
+    return torch.cat([torch.cat([w1[i, j] * w2 for j in range(4)], 1) for i in range(4)])
+
+
+@pytest.mark.parametrize("make", [tucker_lora, tucker_loha, tucker_lokr, whole_lokr])
+def test_cores_and_kernels_of_the_convolution(make, model: WanDiT, shapes, tmp_path: Path) -> None:
+    """The patch embedding is the only convolution that LyCORIS finds: there alone are Tucker cores."""
+    state, delta = make("patch")
+    path = write(tmp_path / "x.safetensors", {f"lora_unet_patch_embedding.{n}": t for n, t in state.items()})
+    assert not match(read_lora(path), shapes).unmatched
+    weight = dict(model.named_parameters())["patch_embedding.weight"]
+    reference = velocity(with_weights(model, {"patch_embedding.weight": weight + delta}))
+    assert not close(reference, velocity(model), 1e-3)
+    assert close(with_lora(model, LoraRef(path=path)), reference)
+    assert close(Fusion([LoraRef(path=path)], shapes)("patch_embedding.weight", weight), weight + delta)
+    state[next(name for name in state if "_t" in name or "mid" in name or "w2" in name)] = torch.zeros(2, 5, 1, 2, 2)
+    broken = write(tmp_path / "y.safetensors", {f"lora_unet_patch_embedding.{n}": t for n, t in state.items()})
+    assert match(read_lora(broken), shapes).unmatched
+
+
 def test_several_at_once_add_up_and_patterns_choose(model: WanDiT, shapes, tmp_path: Path) -> None:
     lora = low_rank(shapes)
     first = write_lora(tmp_path / "a.safetensors", "kohya", lora)
@@ -255,13 +307,41 @@ def test_renaming_one_key_is_seen(spelling: str, shapes, tmp_path: Path) -> None
     assert found.unmatched and len(found.changes) == 2 * len(LINEARS) - 1
 
 
+READ_BY_NAME = {
+    "bundle_emb.style.clip_l": "textual inversion",
+    "diffusion_model.blocks.0.self_attn.q.oft_R.weight": "PEFT's OFT",
+    "diffusion_model.blocks.0.self_attn.q.a1.weight": "GLoRA",
+    "diffusion_model.blocks.0.self_attn.q.oft_blocks": "BOFT",
+    "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": "text encoder",
+}
+"""What is known and not read -> a word of the reason."""
+
+
+@pytest.mark.parametrize("name", READ_BY_NAME)
+def test_what_is_not_read_is_named(name: str, shapes, tmp_path: Path) -> None:
+    state = {**SPELLINGS["comfyui"](low_rank(shapes)), name: torch.zeros(2, 8, 16, 16)}
+    (left,) = match(read_lora(write(tmp_path / "x.safetensors", state)), shapes).unmatched
+    assert left.name == name and READ_BY_NAME[name] in left.why
+
+
+def test_a_shape_that_is_asked_for_must_be_that_of_the_matrices(shapes, tmp_path: Path) -> None:
+    name = "diffusion_model.blocks.0.self_attn.q"
+    state = SPELLINGS["comfyui"](low_rank(shapes))
+    good = write(tmp_path / "a.safetensors", {**state, f"{name}.reshape_weight": torch.tensor([128, 128])})
+    bad = write(tmp_path / "b.safetensors", {**state, f"{name}.reshape_weight": torch.tensor([128, 256])})
+    assert not match(read_lora(good), shapes).unmatched
+    assert {item.name for item in match(read_lora(bad), shapes).unmatched} >= {f"{name}.reshape_weight"}
+
+
 PLANTED = {
     "half of a pair": lambda s: s.pop("blocks.0.self_attn.q.lora_A.weight") is None,
     "another width": lambda s: s.update({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 64)}),
     "ranks that differ": lambda s: s.update({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(3, 128)}),
     "a block too many": lambda s: s.update({"blocks.2.ffn.0.lora_A.weight": torch.zeros(4, 128),
                                             "blocks.2.ffn.0.lora_B.weight": torch.zeros(96, 4)}),
-    "a tensor nobody knows": lambda s: s.update({"blocks.0.self_attn.q.oft_blocks": torch.zeros(4)}),
+    "a tensor nobody knows": lambda s: s.update({"blocks.0.self_attn.q.lora_C.weight": torch.zeros(4)}),
+    "blocks of OFT that are no squares": lambda s: s.update({"blocks.0.ffn.0.oft_blocks": torch.zeros(8, 16, 8)}),
+    "blocks of OFT for other rows": lambda s: s.update({"blocks.0.norm3.oft_blocks": torch.zeros(4, 16, 16)}),
     "a plain weight": lambda s: s.update({"blocks.0.self_attn.q.weight": torch.zeros(128, 128)}),
     "the text encoder's": lambda s: s.update({"lora_te1_text_model_x.lora_down.weight": torch.zeros(4, 8),
                                               "lora_te1_text_model_x.lora_up.weight": torch.zeros(8, 4)}),
@@ -461,3 +541,29 @@ def test_fused_rows_are_the_reference_formula(tmp_path: Path) -> None:
     assert torch.allclose(layer.final_layer.adaLN_modulation[1](x), want[1], atol=1e-6)
     detach(layer)
     assert layer.double_blocks[0].img_attn.qkv is qkv
+
+
+@pytest.mark.parametrize("algorithm", ["dora", "dora by column", "dora of peft", "loha", "lokr", "oft"])
+def test_parts_of_a_fused_matrix_are_the_reference_formula(algorithm: str, tmp_path: Path) -> None:
+    """Only the keys of a fused matrix change: the lengths of DoRA and the blocks of OFT are those of its rows alone."""
+    width = 64
+    layer = nn.Module()
+    layer.double_blocks = nn.ModuleList([nn.Module()])
+    layer.double_blocks[0].img_attn = nn.Module()
+    layer.double_blocks[0].img_attn.qkv = qkv = nn.Linear(width, 3 * width)
+    layer.requires_grad_(False)
+    tensors, apply = ALGORITHMS[algorithm]("keys", width, width)
+    key = "transformer.transformer_blocks.0.attn.to_k"
+    path = write(tmp_path / "x.safetensors", {f"{key}.{name}": tensor for name, tensor in tensors.items()})
+    rows = slice(width, 2 * width)
+    new = qkv.weight.clone()
+    new[rows] += 0.5 * (apply(qkv.weight[rows]) - qkv.weight[rows])
+    x = random("x", 3, width)
+    want = nn.functional.linear(x, new, qkv.bias)
+    ref = LoraRef(path=path, strength=0.5)
+    fused = Fusion([ref], parameter_shapes(layer))("double_blocks.0.img_attn.qkv.weight", qkv.weight)
+    assert torch.allclose(fused, new, atol=1e-5)
+    attach(layer, [ref], torch.float32)
+    set_strengths(layer, [0.5])
+    assert torch.allclose(layer.double_blocks[0].img_attn.qkv(x), want, atol=1e-4)
+    detach(layer)

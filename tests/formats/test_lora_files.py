@@ -26,6 +26,7 @@ from kinema.weights.lora.merge import merge
 from kinema.weights.lora.weights import Weights
 from lora_files import ALGORITHMS, SPELLINGS, random, write_lora
 from lora_files import low_rank as low_rank_lora
+from tiny_flux import transformer
 
 CONFIG = {**TINY["dit"], "has_clip_tokens": False, "num_clip_positions": 0, "in_channels": 16}
 STATE = official_state("dit", CONFIG)
@@ -119,7 +120,7 @@ def test_flux_is_split_for_diffusers_and_joined_again(tmp_path: Path) -> None:
 
 def test_conversion_refuses_to_lose_and_to_overwrite(tmp_path: Path) -> None:
     state = SPELLINGS["comfyui"](low_rank_lora(SHAPES))
-    state["diffusion_model.blocks.0.self_attn.q.oft_blocks"] = torch.zeros(3)
+    state["diffusion_model.blocks.0.self_attn.q.lora_C"] = torch.zeros(3)
     odd = write(tmp_path / "odd.safetensors", state)
     with pytest.raises(RequestError, match="would be lost"):
         list(convert_lora(odd, tmp_path / "b.safetensors", "kohya"))
@@ -194,11 +195,36 @@ def test_low_rank_of_a_large_matrix_is_near_the_best() -> None:
     assert torch.equal(low_rank(matrix, 6)[0], up), "the same at every run"
 
 
+@pytest.mark.parametrize("to", ["comfyui", "kohya", "onetrainer"])
+def test_a_lora_of_flux_comes_back_out(to: str, tmp_path: Path) -> None:
+    """Fused matrices whole in official names, in three and four parts in diffusers'."""
+    state = transformer("dev")
+    tuned = {}
+    for name, tensor in state.items():
+        changes = name.startswith(("double_blocks.0.img_attn.qkv.w", "single_blocks.0.linear1.w", "img_in.w"))
+        delta = random(name + "u", len(tensor), 2) @ random(name + "d", 2, tensor.shape[-1]) if changes else 0
+        tuned[name] = tensor + delta
+    tuned["single_blocks.0.norm.query_norm.scale"] = tuned["single_blocks.0.norm.query_norm.scale"] + 0.1
+    tuned["double_blocks.0.txt_attn.qkv.bias"] = tuned["double_blocks.0.txt_attn.qkv.bias"] + 0.2
+    base, other = write(tmp_path / "base.safetensors", state), write(tmp_path / "tuned.safetensors", tuned)
+    out = tmp_path / "lora.safetensors"
+    found = run(extract(base, other, out, rank=4, to=to, dtype=torch.float32))
+    assert (found.matrices, found.others) == (3, 2) and found.lost < 1e-5
+    assert read_lora(out).dialect == to and read_lora(out).family == "flux"
+    fusion = Fusion([LoraRef(path=out)], {name: tuple(tensor.shape) for name, tensor in state.items()})
+    changed = [name for name in state if name in fusion]
+    assert len(changed) == 5
+    assert all(torch.allclose(fusion(name, state[name]), tuned[name], atol=1e-5) for name in changed)
+
+
 def test_extract_refuses_what_makes_no_lora(tmp_path: Path) -> None:
     base = write(tmp_path / "base.safetensors", STATE)
     twin = write(tmp_path / "twin.safetensors", STATE)
     other = write(tmp_path / "other.safetensors", official_state("dit", {**CONFIG, "in_channels": 36}))
     out = tmp_path / "x.safetensors"
+    vae = write(tmp_path / "vae.safetensors", official_state("vae"))
+    with pytest.raises(RequestError, match="takes no LoRA"):
+        run(extract(vae, vae, out))
     for tuned, word, fields in ((twin, "same numbers", {}), (other, "not built as", {}), (twin, "rank 0", {"rank": 0}),
                                 (twin, "no dialect", {"to": "sd"})):  # fmt: skip
         with pytest.raises(RequestError, match=word):
@@ -253,7 +279,13 @@ def test_merging_refuses_what_would_be_lost(tmp_path: Path) -> None:
     state["diffusion_model.blocks.7.ffn.0.diff_b"] = torch.zeros(96)
     odd = write(tmp_path / "odd.safetensors", state)
     out = tmp_path / "m.safetensors"
-    for lora, word in ((f"{odd}", "20 of 21"), (f"{good}", "high-noise"), (f"{good},steps=1-2,allow=expert", "steps")):
+    for lora, word in (
+        (f"{odd}", "20 of 21"),
+        (f"{good}", "high-noise"),
+        (f"{good},steps=1-2,allow=expert", "steps"),
+        (f"{good}@high,allow=expert", "@high"),
+        (f"{good},only=blocks.9,allow=expert", "fits none"),
+    ):
         with pytest.raises(RequestError, match=word):
             merged(base, out, lora)
     assert not out.exists()

@@ -56,7 +56,7 @@ def _summary(lora: LoraFile) -> str:
     counts: dict[str, int] = {}
     for change in lora.changes:
         parts = [part for part in change.target.split(".") if not part.isdigit()]
-        name = ".".join(parts[:2]) if parts[0] in ("blocks", "vace_blocks") else parts[0]
+        name = ".".join(parts[:2]) if parts[0].endswith("blocks") else parts[0]
         counts[name] = counts.get(name, 0) + 1
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -215,12 +214,10 @@ def _explanation(item: Unmatched, entry: CatalogEntry, official: bool) -> str | 
 
 def _chosen(ref: LoraRef, match: LoraMatch) -> int:
     """How many changes the layer patterns leave; each pattern must mean something."""
-    for name, patterns in (("only", ref.only), ("skip", ref.skip)):
-        for pattern in patterns:
-            if not any(fnmatchcase(t, pattern) or fnmatchcase(t, f"{pattern}.*") for t in match.targets):
-                example = ", ".join(match.targets[:NAMED])
-                raise _refused(ref, f"{name}={pattern} fits none of the {len(match.targets)} layers it changes",
-                               f"names look like: {example}; a * stands for anything")  # fmt: skip
+    if pattern := ref.idle(match.targets):
+        example = ", ".join(match.targets[:NAMED])
+        raise _refused(ref, f"{pattern} fits none of the {len(match.targets)} layers it changes",
+                       f"names look like: {example}; a * stands for anything")  # fmt: skip
     chosen = sum(ref.selects(target) for target in match.targets)
     if not chosen:
         raise _refused(ref, "its patterns leave no layer to change", "drop skip=..., or widen only=...")

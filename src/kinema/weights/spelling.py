@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 from kinema.errors import RequestError
@@ -48,7 +49,7 @@ def spell(component: Component, dialect: str, officials: Iterable[str]) -> tuple
 def _spellings(dialect: Dialect, official: str) -> tuple[Spelt, ...]:
     parts: dict[int, Spelt] = {}
     for rule in dialect.rules:
-        name = None if rule.copy else _backwards(rule, official)
+        name = None if rule.copy else backwards(rule, official)
         if name is None or rule.part in parts or rule_of(dialect, name) is not rule:
             continue
         if re.sub(rule.pattern, rule.official, name) == official:
@@ -56,8 +57,23 @@ def _spellings(dialect: Dialect, official: str) -> tuple[Spelt, ...]:
     return tuple(parts[part] for part in sorted(parts))
 
 
-def _backwards(rule: Rule, official: str) -> str | None:
-    """The name that `rule` would turn into `official`; None where it makes no such name."""
+def backwards(rule: Rule, official: str) -> str | None:
+    """Return the name that `rule` would turn into `official`; None where it makes no such name."""
+    template, pieces = _reversed(rule)
+    match = re.fullmatch(template, official)
+    if match is None:
+        return None
+    number, name = 0, ""
+    for text, is_group in pieces:
+        number += is_group
+        known = is_group and f"g{number}" in match.re.groupindex
+        name += match[f"g{number}"] if known else re.sub(r"\\(.)", r"\1", text)
+    return name
+
+
+@cache
+def _reversed(rule: Rule) -> tuple[re.Pattern[str], list[tuple[str, bool]]]:
+    """The template of a rule as a pattern of named groups, and the pieces of its pattern."""
     pieces = _pieces(rule.pattern)
     groups = dict(enumerate((text for text, is_group in pieces if is_group), 1))
     seen: set[int] = set()
@@ -72,14 +88,7 @@ def _backwards(rule: Rule, official: str) -> str | None:
         re.sub(r"\\(\d+)", use, part) if part.startswith("\\") else re.escape(part)
         for part in re.split(r"(\\\d+)", rule.official)
     )
-    match = re.fullmatch(template, official)
-    if match is None:
-        return None
-    number, name = 0, ""
-    for text, is_group in pieces:
-        number += is_group
-        name += match[f"g{number}"] if is_group and number in seen else re.sub(r"\\(.)", r"\1", text)
-    return name
+    return re.compile(template), pieces
 
 
 def _pieces(pattern: str) -> list[tuple[str, bool]]:

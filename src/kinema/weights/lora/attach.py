@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -70,14 +71,15 @@ class LoraLinear(nn.Module):
             strength = self.strengths[place.lora]
             if strength == 0:
                 continue
-            part: Tensor = branch.delta() if place.on_bias else branch(x, self._linear)  # type: ignore[operator]
+            part: Tensor = branch.delta() if place.on_bias else branch(x, partial(self._rows, place))  # type: ignore[operator]
             # torch adds bfloat16 in float32 and rounds once; the answer of the base is nobody else's yet.
             y.narrow(-1, place.start, place.rows).add_(part.to(y.dtype), alpha=strength)
         return y
 
-    def _linear(self, x: Tensor) -> Tensor:
+    def _rows(self, place: Place, x: Tensor) -> Tensor:
+        """The answer of these rows of the weight alone."""
         y: Tensor = self.base(x)
-        return y if self.bias is None else y - self.bias
+        return (y if self.bias is None else y - self.bias).narrow(-1, place.start, place.rows)
 
 
 class ChangedParameter(nn.Module):

@@ -2,8 +2,8 @@
 
 A branch at strength 1 turns the weight W (as a matrix [out, in]) into W + change(W), and the answer W x into
 W x + branch(x). Knows nothing of names, files, models or strengths.
-Source of the formulas: arXiv:2106.09685 (LoRA), arXiv:2108.06098 (LoHa), KohakuBlueleaf/LyCORIS docs (LoKr),
-arXiv:2402.09353 (DoRA).
+Source of the formulas: arXiv:2106.09685 (LoRA), arXiv:2108.06098 (LoHa), KohakuBlueleaf/LyCORIS docs (LoKr, the Tucker
+cores of convolutions), arXiv:2402.09353 (DoRA).
 """
 
 from __future__ import annotations
@@ -16,6 +16,15 @@ from torch import Tensor, nn
 
 LinearMap = Callable[[Tensor], Tensor]
 """x [..., in] -> W x [..., out] of the layer underneath, without its bias."""
+
+
+def tucker(core: Tensor, outward: Tensor, inward: Tensor) -> Tensor:
+    """Return the matrix [out, in * ...] of core [i, j, ...], outward [i, out] and inward [j, in].
+
+    Only convolutions have such cores; for them `...` is the kernel.
+    """
+    whole: Tensor = torch.einsum("ij...,ip,jr->pr...", core, outward, inward)
+    return whole.flatten(1)
 
 
 class Branch(nn.Module):
@@ -134,6 +143,45 @@ class Difference(Branch):
 
     def forward(self, x: Tensor, linear: LinearMap) -> Tensor:
         return F.linear(x.to(self.dtype), self.full) * self.scale
+
+
+class Rotated(Branch):
+    """Diagonal OFT: rows of the weight turned in blocks, W + change = rescale * R W, R orthogonal.
+
+    blocks   [count, size, size]: R of each block is the Cayley transform of blocks - blocks.T.
+    limit    to which the norm of that difference is brought down; 0 is none.
+    rescale  [count * size, 1], lengths of the rows afterwards; None leaves them.
+    Source: arXiv:2306.07280; KohakuBlueleaf/LyCORIS diag_oft (which R is transposed, what is limited).
+    """
+
+    rotation: Tensor
+    rescale: Tensor
+
+    def __init__(self, blocks: Tensor, limit: float = 0.0, rescale: Tensor | None = None) -> None:
+        super().__init__()
+        self.scale = 1.0
+        skew, eye = blocks.float() - blocks.float().mT, torch.eye(blocks.shape[-1], device=blocks.device)
+        if 0 < limit < (norm := float(skew.norm()) + 1e-8):
+            skew = skew * (limit / norm)
+        ones = torch.ones(blocks.shape[0] * blocks.shape[1], 1, device=blocks.device)
+        # (1 + skew) / (1 - skew), whose factors commute.
+        self._hold(rotation=torch.linalg.solve(eye - skew, eye + skew), rescale=ones if rescale is None else rescale)
+
+    def change(self, weight: Tensor) -> Tensor:
+        return self._turned(weight.T).T - weight
+
+    def delta(self) -> Tensor:
+        raise TypeError("the change that OFT makes depends on the weight: ask `change`")
+
+    def forward(self, x: Tensor, linear: LinearMap) -> Tensor:
+        y = linear(x).float()
+        return self._turned(y) - y
+
+    def _turned(self, columns: Tensor) -> Tensor:
+        """Turn the last axis."""
+        blocks = columns.unflatten(-1, self.rotation.shape[:2])
+        turned: Tensor = torch.einsum("knm,...kn->...km", self.rotation, blocks).flatten(-2)
+        return turned * self.rescale.flatten()
 
 
 class Decomposed(Branch):

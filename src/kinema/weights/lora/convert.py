@@ -6,7 +6,7 @@ and joined as blocks of one matrix the other way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +25,11 @@ PROBES = 4
 TOLERANCE = 1e-5
 FUSED_HEIGHTS = {"qkv": 3, "linear1": 7, "linear1_kv": 2}
 DIFF_ENDINGS = {"weight": ".diff", "scale": ".diff", "bias": ".diff_b", "modulation": ".diff_m"}
+FACTORS = {"loha": "hada_", "lokr": "lokr_", "oft": ""}
+"""What goes before the roles of algorithms that are written as they are."""
 
 
-def convert_lora(source: Path, target: Path, to: str, *, overwrite: bool = False) -> Iterator[Progress]:
+def convert_lora(source: Path, target: Path, to: str, *, overwrite: bool = False) -> Generator[Progress, None, None]:
     """Write a LoRA in the names of `to`, yielding progress; the file appears when it was read back and is the same.
 
     Raises RequestError for a dialect that is unknown or cannot hold the file, OutputError where it cannot be written.
@@ -87,8 +89,11 @@ def _grouped(lora: LoraFile, dialect: Dialect) -> Iterator[tuple[Change, ...]]:
 def _spelled(lora: LoraFile, group: Sequence[Change], dialect: Dialect) -> Iterator[Written]:
     change, is_lora = group[0], group[0].algorithm == "lora"
     what = f"a {change.algorithm} of {change.target}"
-    if not is_lora and (not dialect.more or (change.fused and dialect.words == "official")):
+    joined = change.fused and dialect.words == "official"
+    if not is_lora and (not dialect.more or joined):
         raise _cannot(lora, dialect, what)
+    if joined and any("magnitude" in part.tensors for part in group):
+        raise _cannot(lora, dialect, f"a DoRA of parts of {change.target}")
     parts: Mapping[int, tuple[int, int] | None] = {0: None}
     if dialect.words == "diffusers":
         parts = {change.part: None} if change.fused else spelled_parts(change.target, lora.family, change.shape)
@@ -100,12 +105,14 @@ def _spelled(lora: LoraFile, group: Sequence[Change], dialect: Dialect) -> Itera
             raise _cannot(lora, dialect, what)
         if change.algorithm == "diff":
             yield _difference(lora, change, module)
+        elif change.algorithm == "set":
+            yield _as_is(lora, change, "full", f"{module}.set_weight")
         elif is_lora:
             yield from _low_rank(lora, group, dialect, module, rows)
         else:
             for role in sorted(change.tensors.keys() - {"alpha", "magnitude"}):
-                name = f"{module}.{'hada' if change.algorithm == 'loha' else 'lokr'}_{role}"
-                yield _as_is(lora, change, role, name)
+                role_name = f"oft_{role}" if role == "blocks" else f"{FACTORS[change.algorithm]}{role}"
+                yield _as_is(lora, change, role, f"{module}.{role_name}")
             yield from _alpha(lora, change, module)
         yield from _magnitude(lora, change, dialect, module)
 
@@ -122,6 +129,8 @@ def _low_rank(
     lora: LoraFile, group: Sequence[Change], dialect: Dialect, module: str, rows: tuple[int, int] | None
 ) -> Iterator[Written]:
     change = group[0]
+    if "mid" in change.tensors and not dialect.more:
+        raise _cannot(lora, dialect, f"the Tucker core of {change.target}")
     if change.fused and dialect.words == "official":
         ranks = sum(lora.file.shape(part.tensors["down"])[0] for part in group)
         down, up = (ranks, change.shape[1]), (_height(change), ranks)
@@ -142,6 +151,8 @@ def _low_rank(
         yield tensor if factor == 1 else (tensor.float() * factor).to(dtype)
 
     yield _as_is(lora, change, "down", module + dialect.down)
+    if "mid" in change.tensors:
+        yield _as_is(lora, change, "mid", f"{module}.lora_mid.weight")
     yield Written(module + dialect.up, shape, dtype, _bytes(shape, dtype), up_matrix)
     if dialect.alpha:
         yield from _alpha(lora, change, module)
@@ -149,6 +160,8 @@ def _low_rank(
 
 def _alpha(lora: LoraFile, change: Change, module: str) -> Iterator[Written]:
     scale, rank = lora.scale(change), lora.rank(change)
+    if change.algorithm == "oft" and "alpha" in change.tensors:
+        yield _as_is(lora, change, "alpha", f"{module}.alpha")
     if rank and (scale != 1 or "alpha" in change.tensors):
         alpha = torch.tensor(scale * rank)
         yield Written(f"{module}.alpha", (), torch.float32, 4, lambda: iter((alpha,)))
@@ -225,12 +238,13 @@ def _answers(lora: LoraFile) -> Mapping[str, Tensor]:
     """What each parameter's change makes of a few random inputs; vectors and magnitudes as they are."""
     found: dict[str, Tensor] = {}
     for change in lora.changes:
-        inner = replace(change, tensors={role: name for role, name in change.tensors.items() if role != "magnitude"})
-        branch = lora.branch(inner, None, torch.float32, "cpu")
-        if change.algorithm == "diff":
-            answer = branch.delta().flatten()[:, None]
+        if change.algorithm in ("diff", "set"):
+            answer = lora.scale(change) * lora.tensor(change, "full").float().flatten()[:, None]
         else:
-            columns = torch.Size(change.shape[1:]).numel()
+            inner = {role: name for role, name in change.tensors.items() if role != "magnitude"}
+            branch = lora.branch(replace(change, tensors=inner), None, torch.float32, "cpu")
+            # OFT turns what the layer answers: here the probe itself.
+            columns = change.shape[0] if change.algorithm == "oft" else torch.Size(change.shape[1:]).numel()
             probe = torch.randn(PROBES, columns, generator=torch.Generator().manual_seed(columns))
             answer = branch.forward(probe, lambda x: x).T
         height = _height(change) if change.fused and len(change.shape) == 2 else len(answer)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 from kinema.weights.dialect import Rule
 from kinema.weights.keys import ANIMATE_DIFFUSERS, DIT_DIFFUSERS
 from kinema.weights.keys_flux import FLUX_DIFFUSERS
+from kinema.weights.spelling import backwards
 
 Words = Literal["official", "diffusers"]
 Family = Literal["wan", "flux"]
@@ -69,17 +69,32 @@ ENDINGS = (
     (r"(?:[._]lora|\.lora_linear_layer)\.down\.weight", "lora", "down"),
     (r"(?:[._]lora|\.lora_linear_layer)\.up\.weight", "lora", "up"),
     (r"\.lora_(?:up|B)(?:\.[^.]+)?\.bias", "lora", "up_bias"),
-    *((rf"\.hada_{part}", "loha", part) for part in ("w1_a", "w1_b", "w2_a", "w2_b")),
-    *((rf"\.lokr_{part}", "lokr", part) for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")),
+    (r"\.lora_mid(?:\.weight)?", "lora", "mid"),
+    *((rf"\.hada_{part}", "loha", part) for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+    *((rf"\.lokr_{part}", "lokr", part) for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+    (r"\.oft_blocks", "oft", "blocks"),
+    (r"\.rescale", "oft", "rescale"),
     (r"\.alpha", "any", "alpha"),
+    (r"\.reshape_weight", "any", "reshape"),
     (r"\.dora_scale|\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?", "any", "magnitude"),
     (r"\.diff|\.w_norm", "diff", "weight"),
     (r"\.diff_b|\.b_norm", "diff", "bias"),
     (r"\.diff_m", "diff", "modulation"),
-    (r"(?<=query_norm)\.scale|(?<=key_norm)\.scale", "set", "weight"),
+    (r"\.set_weight|(?<=query_norm)\.scale|(?<=key_norm)\.scale", "set", "weight"),
 )
 """Ending -> algorithm and role. `set`: the parameter as it will be, not by how much it changes; FLUX's own
-LoRAs of Canny and Depth hold their norms so. Source of `.diff_m`: ModelTC/LightX2V lightx2v/utils/lora_loader.py."""
+LoRAs of Canny and Depth hold their norms so. Source of `.diff_m`: ModelTC/LightX2V lightx2v/utils/lora_loader.py;
+of `set_weight` and `reshape_weight`: ComfyUI's readers."""
+
+UNREAD = (
+    (r"bundle_emb\..+", "a textual inversion bundled with the LoRA: words for a prompt, which Kinema does not read"),
+    (r".+\.(oft_R|boft_R|boft_s|hra_u)(\..+)?", "PEFT's OFT, BOFT or HRA: its rotations of inputs are not read"),
+    (r".+\.[ab][12]\.weight", "GLoRA, which is not read"),
+    (r".+\.(on_input|ia3_l)(\..+)?", "IA3, which is not read"),
+)
+"""Names of adapters that are known and left: pattern, reason. The others have an ending nobody knows."""
+
+BUTTERFLY = "BOFT: programs that write it do not agree on what it turns, so it is not read"
 
 
 XLABS = (
@@ -208,7 +223,7 @@ DIFFUSERS: dict[Family, tuple[Rule, ...]] = {"wan": DIT_DIFFUSERS + ANIMATE_DIFF
 FUSED = re.compile(r"\.(qkv|linear1|linear1_kv)\.(weight|bias)$")
 """Parameters that diffusers has as several: of FLUX, and of Animate's face blocks."""
 
-BARE_PARAMETERS = ("modulation", "emb_pos", "scale_shift_table", "pos_embed", "padding_tokens")
+BARE_PARAMETERS = ("modulation", "emb_pos", "scale_shift_table", "pos_embed", "padding_tokens", "weights")
 """Last words of parameters that hang on no Linear, norm or convolution."""
 
 SCALES = ("query_norm", "key_norm")
@@ -249,7 +264,7 @@ def module_in(parameter: str, dialect: Dialect, family: Family, part: int = 0) -
         names = _spelled(parameter, family)
         if part not in names:
             return None
-        parameter = names[part]
+        _, parameter = names[part]
     module = re.sub(r"\.(weight|bias|scale|modulation)$", "", parameter)
     return dialect.prefix + (module.replace(".", "_") if dialect.joined else module)
 
@@ -259,38 +274,17 @@ def spelled_parts(parameter: str, family: Family, shape: tuple[int, ...]) -> dic
 
     shape   of the whole change, [rows, columns]. Halves that change places are not spelled.
     """
-    parts = [part for part, rule in _rules(parameter, family).items() if not rule.swap]
+    parts = [part for part, (rule, _) in _spelled(parameter, family).items() if not rule.swap]
     if len(parts) < 2:
         return dict.fromkeys(parts)
-    width = shape[0] // (7 if MLP_PART in parts else len(parts))
-    return {part: (part * width, 4 * width if part == MLP_PART else width) for part in parts}
+    if MLP_PART not in parts:
+        width = shape[0] // len(parts)
+    else:
+        width = shape[1] if len(shape) > 1 else shape[0] // 7  # of a bias: FLUX's MLP is four times as wide as it
+    return {part: (part * width, shape[0] - MLP_PART * width if part == MLP_PART else width) for part in parts}
 
 
-def _rules(parameter: str, family: Family) -> dict[int, Rule]:
-    return {
-        rule.part: rule
-        for rule in DIFFUSERS[family]
-        if re.fullmatch(inverse(rule.pattern, rule.official)[0], parameter)
-    }
-
-
-def _spelled(parameter: str, family: Family) -> dict[int, str]:
-    found = {}
-    for rule in DIFFUSERS[family]:
-        pattern, template = inverse(rule.pattern, rule.official)
-        if match := re.fullmatch(pattern, parameter):
-            found[rule.part] = match.expand(template)
-    return found
-
-
-@cache
-def inverse(pattern: str, template: str) -> tuple[str, str]:
-    """Return (pattern, template) of a rule read backwards: groups keep their numbers."""
-    groups = re.findall(r"\([^()]*\)", pattern)
-    back = re.sub(r"\([^()]*\)", "\0", pattern).replace(r"\.", ".")
-    for number in range(1, len(groups) + 1):
-        back = back.replace("\0", rf"\g<g{number}>", 1)
-    forward = re.escape(template)
-    for number, group in enumerate(groups, 1):
-        forward = forward.replace(rf"\\{number}", f"(?P<g{number}>{group[1:-1]})", 1)
-    return forward, back
+def _spelled(parameter: str, family: Family) -> dict[int, tuple[Rule, str]]:
+    """Rule and name, by part, of an official parameter in diffusers' words."""
+    names = ((rule, backwards(rule, parameter)) for rule in DIFFUSERS[family])
+    return {rule.part: (rule, name) for rule, name in names if name is not None}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from kinema.errors import OutputError, RequestError
-from kinema.schema import Progress
+from kinema.schema import Component, Progress
 from kinema.weights.lora.convert import DIFF_ENDINGS, check_target, dialect_of
-from kinema.weights.lora.dialects import Dialect, module_in
+from kinema.weights.lora.dialects import Dialect, Family, module_in, spelled_parts
 from kinema.weights.lora.file import read_lora
 from kinema.weights.lora.weights import Weights
 from kinema.weights.writing import Written, whole_file, write_tensors
@@ -21,6 +21,7 @@ from kinema.weights.writing import Written, whole_file, write_tensors
 EXACT_UP_TO = 512
 """Smaller side of a matrix up to which all its singular values are computed; beyond, only those that are kept."""
 
+FAMILIES: dict[Component, Family] = {"dit": "wan", "flux_dit": "flux"}
 OVERSAMPLE, ITERATIONS = 16, 4
 SAME = 1e-9
 """Relative change below which a parameter is taken for the same."""
@@ -50,6 +51,10 @@ def extract(
     if not 1 <= rank <= 4096:
         raise RequestError(f"rank {rank} is not 1 to 4096", "pass --rank 64", field="rank", got=rank)
     first, second = Weights(base), Weights(tuned)
+    family = FAMILIES.get(first.facts.component)
+    if family is None:
+        raise RequestError(f"{base.name} is {first.facts.structure}, which takes no LoRA",
+                           "take two files of a transformer", field="BASE", got=str(base))  # fmt: skip
     if first.shapes != second.shapes:
         raise RequestError(
             f"{tuned.name} ({second.facts.structure}) is not built as {base.name} ({first.facts.structure})",
@@ -73,31 +78,48 @@ def extract(
     tensors = [
         tensor
         for name in names
-        for tensor in _written(name, first.shapes[name], partial(change, name), dialect, rank, dtype)
+        for tensor in _written(name, first.shapes[name], partial(change, name), dialect, family, rank, dtype)
     ]
     metadata = {"kinema_extracted": f"rank {rank}, {tuned.name} less {base.name}"}
     with whole_file(target) as temporary:
         for number, _ in enumerate(write_tensors(temporary, tensors, metadata, "safetensors"), 1):
             yield Progress(stage="extract", done=number, total=len(tensors))
-        return (yield from _compared(temporary, names, change, first.shapes))
+        return (yield from _compared(temporary, names, change))
 
 
 def _written(
-    name: str, shape: tuple[int, ...], change: Callable[[], Tensor], dialect: Dialect, rank: int, dtype: torch.dtype
+    name: str, shape: tuple[int, ...], change: Callable[[], Tensor], dialect: Dialect, family: Family, rank: int,
+    dtype: torch.dtype,
+) -> Iterator[Written]:  # fmt: skip
+    parts: dict[int, tuple[int, int] | None] = {0: None}
+    if dialect.words == "diffusers":
+        parts = spelled_parts(name, family, shape)
+    matrix = len(shape) == 2 and name.endswith(".weight")
+    if not parts or not (matrix or dialect.more):
+        what = "" if matrix else ", which is no matrix"
+        raise RequestError(f"{dialect.name} names have no place for the change of {name}{what}",
+                           "pass --to comfyui", field="to", got=dialect.name)  # fmt: skip
+    for part, rows in parts.items():
+        module = module_in(name, dialect, family, part)
+        assert module is not None, f"a part of {name} without a name"
+        start, height = rows or (0, shape[0])
+        cut = partial(_rows, change, start, height)
+        if matrix:
+            yield from _pair(module, (height, shape[1]), cut, dialect, rank, dtype)
+        else:
+            ending, size = DIFF_ENDINGS.get(name.rpartition(".")[2], ".diff"), torch.Size(shape[1:]).numel() * height
+            yield Written(module + ending, (height, *shape[1:]), dtype, size * dtype.itemsize,
+                          lambda cut=cut: iter((cut().to(dtype),)))  # type: ignore[misc]  # fmt: skip
+
+
+def _rows(change: Callable[[], Tensor], start: int, height: int) -> Tensor:
+    return change().narrow(0, start, height)
+
+
+def _pair(
+    module: str, shape: tuple[int, int], change: Callable[[], Tensor], dialect: Dialect, rank: int, dtype: torch.dtype
 ) -> Iterator[Written]:
-    module = module_in(name, dialect, "wan")
-    if module is None:
-        raise RequestError(f"{dialect.name} names have no place for {name}", "pass --to comfyui",
-                           field="to", got=dialect.name)  # fmt: skip
-    last = name.rpartition(".")[2]
-    if len(shape) != 2 or last != "weight":
-        if not dialect.more:
-            raise RequestError(f"{dialect.name} names have no place for the change of {name}, which is no matrix",
-                               "pass --to comfyui", field="to", got=dialect.name)  # fmt: skip
-        ending = DIFF_ENDINGS.get(last, ".diff")
-        size = torch.Size(shape).numel() * dtype.itemsize
-        yield Written(module + ending, shape, dtype, size, lambda: iter((change().to(dtype),)))
-        return
+    """The two matrices of low rank that stand for one change."""
     kept = min(rank, *shape)
     found: list[Tensor] = []
 
@@ -130,21 +152,19 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u * root, root[:, None] * v[:rank]
 
 
-def _compared(
-    path: Path, names: list[str], change: Callable[[str], Tensor], shapes: dict[str, tuple[int, ...]]
-) -> Generator[Progress, None, Extracted]:
-    """Read the file back: each parameter once, and what its change leaves of the true one."""
+def _compared(path: Path, names: list[str], change: Callable[[str], Tensor]) -> Generator[Progress, None, Extracted]:
+    """Read the file back: every parameter, and what its change leaves of the true one."""
     lora = read_lora(path)
-    if sorted(item.target for item in lora.changes) != sorted(names) or lora.leftover:
+    if {item.target for item in lora.changes} != set(names) or lora.leftover:
         raise OutputError(f"{path.name} was written and read back, and does not change what it should",
                           "nothing was kept; report it", path=str(path))  # fmt: skip
     lost = size = 0.0
     for number, item in enumerate(lora.changes, 1):
         wanted = change(item.target)
-        wanted = wanted.flatten(1) if item.algorithm == "lora" else wanted
+        wanted = wanted.narrow(0, *item.rows(wanted.shape[0])) if item.fused else wanted
         found = lora.branch(item, None, torch.float32, "cpu").delta().view_as(wanted)
         lost += float((wanted - found).square().sum(dtype=torch.float64))
         size += float(wanted.square().sum(dtype=torch.float64))
-        yield Progress(stage="read back", done=number, total=len(names))
-    matrices = sum(item.algorithm == "lora" for item in lora.changes)
+        yield Progress(stage="read back", done=number, total=len(lora.changes))
+    matrices = len({item.target for item in lora.changes if item.algorithm == "lora"})
     return Extracted(matrices, len(names) - matrices, (lost / size) ** 0.5)

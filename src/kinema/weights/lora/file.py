@@ -18,10 +18,21 @@ from torch import Tensor
 
 from kinema.errors import CheckpointError
 from kinema.weights.files import TensorFile, open_tensors
-from kinema.weights.lora.branches import Branch, Decomposed, Difference, Hadamard, Kronecker, LowRank
+from kinema.weights.lora.branches import (
+    Branch,
+    Decomposed,
+    Difference,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    Rotated,
+    tucker,
+)
 from kinema.weights.lora.dialects import (
+    BUTTERFLY,
     MLP_PART,
     OTHER_PARTS,
+    UNREAD,
     Family,
     Spelling,
     dialect_name,
@@ -30,18 +41,22 @@ from kinema.weights.lora.dialects import (
     spelling,
 )
 
+LOKR_FIRST, LOKR_SECOND = ({"w1"}, {"w1_a", "w1_b"}), ({"w2"}, {"w2_a", "w2_b"}, {"w2_a", "w2_b", "t2"})
 NEEDED = {
-    "lora": ({"down", "up"},),
-    "loha": ({"w1_a", "w1_b", "w2_a", "w2_b"},),
-    "lokr": ({"w1", "w2"}, {"w1_a", "w1_b", "w2"}, {"w1", "w2_a", "w2_b"}, {"w1_a", "w1_b", "w2_a", "w2_b"}),
-    "diff": ({"full"},),
+    "lora": ({"down", "up"}, {"down", "up", "mid"}),
+    "loha": ({"w1_a", "w1_b", "w2_a", "w2_b"}, {"w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"}),
+    "lokr": tuple(first | second for first in LOKR_FIRST for second in LOKR_SECOND),
+    "oft": ({"blocks"}, {"blocks", "rescale"}),
 }
 """The sets of tensors that make one change, by algorithm."""
 
 OUTWARD = {"up", "w1_a", "w2_a", "full"}
 """Tensors whose rows are those of the weight."""
 
-EXTRA = {"alpha", "magnitude", "up_bias"}
+UNTURNED = ("magnitude", "mid", "t1", "blocks", "lokr")
+"""Roles and algorithms whose rows cannot change places by halves."""
+
+EXTRA = {"alpha", "magnitude", "up_bias", "reshape"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,7 @@ class Change:
     """One change of one official parameter.
 
     tensors  role -> name in the file.
-    shape    of the matrix that changes [out, in], or of the vector or tensor itself for a difference.
+    shape    of the matrix that changes [out, in], or of the vector or tensor itself for a difference; of OFT [out].
     part     of a fused matrix of FLUX: see `dialects.MLP_PART`; fused: whether the target is such a matrix.
     swap     the halves of its rows change places.
     """
@@ -109,7 +124,7 @@ class LoraFile:
     def scale(self, change: Change) -> float:
         """Return alpha / rank; 1 without an alpha, unless PEFT's own record beside the matrices has one."""
         rank = self.rank(change)
-        if change.algorithm in ("diff", "set") and "down" not in change.tensors:
+        if change.algorithm in ("diff", "set", "oft") and "down" not in change.tensors:
             return 1.0
         if "alpha" in change.tensors and rank:
             alpha = float(self.file.get(change.tensors["alpha"]).float().reshape(-1)[0])
@@ -135,20 +150,30 @@ class LoraFile:
         def get(role: str) -> Tensor:
             return self.tensor(change, role).to(device=device, dtype=dtype)
 
-        def factor(name: str) -> Tensor:
-            return get(name) if name in change.tensors else get(f"{name}_a") @ get(f"{name}_b")
+        def product(name: str, core: str) -> Tensor:
+            """One factor, as a matrix: whole, of low rank, or of a Tucker core."""
+            if name in change.tensors:
+                return get(name).flatten(1)
+            first, second = get(f"{name}_a"), get(f"{name}_b")
+            return tucker(get(core), first, second) if core in change.tensors else first @ second
 
         scale = self.scale(change)
         inner: Branch
-        if change.algorithm == "lora":
+        if change.algorithm == "lora" and "mid" not in change.tensors:
             inner = LowRank(get("down").flatten(1), get("up").flatten(1), scale)
-        elif change.algorithm == "loha":
+        elif change.algorithm == "lora":
+            inner = Difference(tucker(get("mid"), get("up").flatten(1).T, get("down").flatten(1)), scale)
+        elif change.algorithm == "loha" and "t1" not in change.tensors:
             inner = Hadamard(get("w1_a"), get("w1_b"), get("w2_a"), get("w2_b"), scale)
+        elif change.algorithm == "loha":
+            inner = Difference(product("w1", "t1") * product("w2", "t2"), scale)
         elif change.algorithm == "lokr":
-            inner = Kronecker(factor("w1"), factor("w2"), scale)
+            inner = Kronecker(product("w1", "t1"), product("w2", "t2"), scale)
+        elif change.algorithm == "oft":
+            inner = self._rotated(change, device)
         elif change.algorithm == "set":
             assert weight is not None, "the difference to the weight it replaces"
-            inner = Difference((get("full").float() - weight).to(dtype), scale)
+            inner = Difference((get("full").float().reshape(weight.shape) - weight).to(dtype), scale)
         else:
             inner = Difference(get("full"), scale)
         if "magnitude" not in change.tensors:
@@ -156,6 +181,12 @@ class LoraFile:
         assert weight is not None, "DoRA needs the weight it turns"
         magnitude = self.file.get(change.tensors["magnitude"]).to(device).float()
         return Decomposed(inner, magnitude.reshape(-1, 1) if magnitude.ndim == 1 else magnitude.flatten(1), weight)
+
+    def _rotated(self, change: Change, device: torch.device | str) -> Rotated:
+        """OFT, whose alpha is no scale: times the rows it limits how far the blocks turn."""
+        found = {role: self.file.get(name).to(device).float() for role, name in change.tensors.items()}
+        limit = float(found["alpha"].reshape(-1)[0]) * change.shape[0] if "alpha" in found else 0.0
+        return Rotated(found["blocks"], limit, found.get("rescale"))
 
     def error(self, problem: str, hint: str = "", **details: Any) -> CheckpointError:
         return CheckpointError(f"{self.file.path} (LoRA in {self.dialect} names): {problem}", hint,
@@ -191,8 +222,11 @@ def _group(file: TensorFile) -> tuple[dict[str, dict[str, tuple[str, str]]], dic
     leftover: dict[str, str] = {}
     for name in file:
         parsed = ending(name)
-        if parsed is None:
-            leftover[name] = "its ending is that of no LoRA tensor"
+        known = next((why for pattern, why in UNREAD if re.fullmatch(pattern, name)), None)
+        if parsed is None or known:
+            leftover[name] = known or "its ending is that of no LoRA tensor"
+        elif parsed[2] == "blocks" and len(file.shape(name)) == 4:
+            leftover[name] = BUTTERFLY
         elif parsed[2] in groups.setdefault(parsed[0], {}):
             leftover[name] = f"{groups[parsed[0]][parsed[2]][1]} says the same"
         else:
@@ -212,14 +246,16 @@ def _changes(
     changes, used = [], set()
     for role, tensors in _complete({role: roles[role][0] for role in roles}, names):
         place = official(module, role, found.words, found.family)
-        if place is None or (place.swap and ("magnitude" in roles or "lokr" in {kind for kind, _ in roles.values()})):
+        if place is None:
             return [], dict.fromkeys(names.values(), f"no part of a model is called {module} in {found.words} names")
+        if place.swap and any(role in UNTURNED or kind in UNTURNED for role, (kind, _) in roles.items()):
+            return [], dict.fromkeys(names.values(), f"the halves of {module} change places, and those of this cannot")
         if "full" in tensors:
             algorithm = "set" if role in roles and roles[role][0] == "set" else "diff"
         else:
             algorithm = next(roles[r][0] for r in tensors if roles[r][0] != "any")
         shape = _shape(file, algorithm, tensors)
-        if shape is None:
+        if shape is None or ("reshape" in tensors and tuple(file.get(tensors["reshape"]).tolist()) != shape):
             continue
         changes.append(Change(place.parameter, algorithm, tensors, shape, place.part, place.fused, place.swap))
         used |= set(tensors.values())
@@ -230,11 +266,11 @@ def _changes(
 def _complete(kinds: Mapping[str, str], names: Mapping[str, str]) -> list[tuple[str, dict[str, str]]]:
     """(what of the module changes, tensors by role) of every change these tensors make."""
     found: list[tuple[str, dict[str, str]]] = []
-    for algorithm in ("lora", "loha", "lokr"):
+    for algorithm, sets in NEEDED.items():
         present = {role for role, kind in kinds.items() if kind == algorithm} - EXTRA
-        needed = next((roles for roles in NEEDED[algorithm] if roles == present), None)
+        needed = next((roles for roles in sets if roles == present), None)
         if needed:
-            extra = {"alpha", "magnitude"} & names.keys()
+            extra = ({"alpha"} if algorithm == "oft" else {"alpha", "magnitude", "reshape"}) & names.keys()
             found.append(("weight", {role: names[role] for role in (*sorted(needed), *sorted(extra))}))
             if "up_bias" in names:
                 scale = {role: names[role] for role in ("alpha", "down") if role in names}
@@ -253,24 +289,44 @@ def _shape(file: TensorFile, algorithm: str, tensors: Mapping[str, str]) -> tupl
     flat = {role: (shape[0], math.prod(shape[1:])) for role, shape in shapes.items() if len(shape) >= 2}
     if any(role not in flat for role in shapes if role not in EXTRA):
         return None
-    whole: tuple[int, int]
+    if algorithm == "oft":
+        return _rows_of_oft(shapes)
+
+    def product(outward: str, inward: str, core: str, turned: bool = True) -> tuple[int, int] | None:
+        """Shape of what two factors make, with a core between them if there is one; None where they do not fit."""
+        (out, rank), (inner, into) = flat[outward], flat[inward]
+        if core not in shapes:
+            return (out, into) if rank == inner else None
+        rank, out = (out, rank) if turned else (rank, out)  # beside a core, LoHa's and LoKr's stand the other way
+        return (out, into * math.prod(shapes[core][2:])) if shapes[core][:2] == (rank, inner) else None
+
+    found: tuple[int, int] | None
     if algorithm == "lora":
-        if flat["up"][1] != flat["down"][0]:
-            return None
-        whole = (flat["up"][0], flat["down"][1])
-    elif algorithm == "loha":
-        inner = [flat[f"{w}_a"][1] == flat[f"{w}_b"][0] for w in ("w1", "w2")]
-        whole = (flat["w1_a"][0], flat["w1_b"][1])
-        if not all(inner) or whole != (flat["w2_a"][0], flat["w2_b"][1]):
-            return None
+        found = product("up", "down", "mid", turned=False)
     else:
-        sides = [flat[w] if w in flat else (flat[f"{w}_a"][0], flat[f"{w}_b"][1]) for w in ("w1", "w2")]
-        if any(f"{w}_a" in flat and flat[f"{w}_a"][1] != flat[f"{w}_b"][0] for w in ("w1", "w2")):
+        first, second = (
+            flat[w] if w in flat else product(f"{w}_a", f"{w}_b", core) for w, core in (("w1", "t1"), ("w2", "t2"))
+        )
+        if first is None or second is None or (algorithm == "loha" and first != second):
             return None
-        whole = (sides[0][0] * sides[1][0], sides[0][1] * sides[1][1])
-    if "magnitude" in shapes and shapes["magnitude"] not in ((whole[0],), (whole[0], 1), (1, whole[1])):
+        found = first if algorithm == "loha" else (first[0] * second[0], first[1] * second[1])
+    if found is None or not _fits_rows_or_columns(shapes.get("magnitude"), found):
         return None
-    return whole
+    return found
+
+
+def _rows_of_oft(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    blocks, rescale = shapes["blocks"], shapes.get("rescale")
+    rows = math.prod(blocks[:2])
+    fits = len(blocks) == 3 and blocks[1] == blocks[2] and (rescale is None or rescale[0] == math.prod(rescale) == rows)
+    return (rows,) if fits else None
+
+
+def _fits_rows_or_columns(magnitude: tuple[int, ...] | None, whole: tuple[int, int]) -> bool:
+    """Whether the lengths of DoRA are those of rows (axes of size 1 behind, if any) or of columns."""
+    if magnitude is None or magnitude == (1, whole[1]):
+        return True
+    return bool(magnitude) and magnitude[0] == math.prod(magnitude) == whole[0]
 
 
 def _peft_record(file: TensorFile) -> dict[str, float]:

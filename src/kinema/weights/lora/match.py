@@ -66,6 +66,7 @@ def _fault(change: Change, shapes: Mapping[str, Sequence[int]]) -> tuple[str, st
     flat = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape
     own = (change.shape[0], math.prod(change.shape[1:])) if len(change.shape) > 1 else change.shape
     start, height = change.rows(shape[0])
-    if len(own) == len(flat) and own[1:] == flat[1:] and start >= 0 and start + height <= shape[0] and height == own[0]:
+    wide = len(flat) == 2 if change.algorithm == "oft" else len(own) == len(flat) and own[1:] == flat[1:]
+    if wide and start >= 0 and start + height <= shape[0] and height == own[0]:
         return None
     return "shape", f"it is for a weight of {list(change.shape)}, the model's is {list(shape)}"

@@ -43,30 +43,30 @@ def fitted(refs: Sequence[LoraRef], weights: Weights) -> Fusion:
     Raises RequestError for one that would not act wholly or is named as the other expert's, unless it says `allow`.
     """
     for ref in refs:
-        facts = fit(ref.path, weights)
-        found = facts.matches["dit"]
-        lost = unexplained(found.unmatched)
-        if not found.targets or (lost and "unmatched" not in ref.allow):
-            first = "; ".join(f"{item.name}: {item.why}" for item in lost[:3])
-            raise RequestError(
-                f"lora {ref.path} matches {len(found.targets)} of {facts.total} parts of {weights.path.name}: {first}",
-                "take a LoRA made for this model, or write FILE,allow=unmatched to do without those parts",
-                field="lora",
-                got=str(ref),
-            )
-        suggested = name_suggests(weights.path)
-        if facts.name_suggests and suggested not in (None, facts.name_suggests) and "expert" not in ref.allow:
-            raise RequestError(
-                f"lora {ref.path} is named as the {facts.name_suggests}-noise LoRA, {weights.path.name} as the "
-                f"{suggested}-noise expert",
-                "take the other one, or write FILE,allow=expert if it is meant",
-                field="lora",
-                got=str(ref),
-            )
-        if ref.steps:
-            raise RequestError(f"lora {ref.path}: steps={ref.steps[0]}-... means nothing for weights in a file",
-                               "leave it out", field="lora", got=str(ref))  # fmt: skip
+        _check(ref, weights)
     return Fusion(refs, weights.shapes)
+
+
+def _check(ref: LoraRef, weights: Weights) -> None:
+    facts, model, said = fit(ref.path, weights), weights.path.name, name_suggests(weights.path)
+    targets, lost = facts.matches["dit"].targets, unexplained(facts.matches["dit"].unmatched)
+    if not targets or (lost and "unmatched" not in ref.allow):
+        first = "; ".join(f"{item.name}: {item.why}" for item in lost[:3])
+        raise _refused(ref, f"matches {len(targets)} of {facts.total} parts of {model}: {first}",
+                       "take a LoRA made for this model; FILE,allow=unmatched does without them")  # fmt: skip
+    if facts.name_suggests and said not in (None, facts.name_suggests) and "expert" not in ref.allow:
+        raise _refused(ref, f"is named as the {facts.name_suggests}-noise LoRA, {model} as the {said}-noise expert",
+                       "take the other one, or write FILE,allow=expert if it is meant")  # fmt: skip
+    if ref.steps or ref.expert:
+        part = f"steps={ref.steps[0]}-..." if ref.steps else f"@{ref.expert}"
+        raise _refused(ref, f"{part} means nothing for weights in a file", "leave it out")
+    if pattern := ref.idle(targets):
+        raise _refused(ref, f"{pattern} fits none of the {len(targets)} layers it changes",
+                       f"names look like: {', '.join(targets[:3])}")  # fmt: skip
+
+
+def _refused(ref: LoraRef, fault: str, hint: str) -> RequestError:
+    return RequestError(f"lora {ref.path} {fault}", hint, field="lora", got=str(ref))
 
 
 def fit(path: Path, weights: Weights) -> LoraFacts:
