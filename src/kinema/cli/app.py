@@ -8,10 +8,10 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 from cyclopts import App, Group, Parameter
@@ -20,10 +20,10 @@ from kinema.cli import store
 from kinema.cli.flags import ALIASES, ELSEWHERE, Call, flag_names, parameters
 from kinema.cli.interrupt import EXIT_CODE, Interruption
 from kinema.cli.loras import lora_convert, lora_extract, lora_inspect, lora_merge
-from kinema.cli.tell import Teller, make_teller
+from kinema.cli.tell import make_teller, told
 from kinema.errors import Cancelled, CatalogError, KinemaError, RequestError
 from kinema.request import make_request, merge, nearest
-from kinema.schema import Event, Plan, Request
+from kinema.schema import Plan, Request
 from kinema.settings import PLACES, configure
 from kinema.version import VERSION
 
@@ -35,9 +35,6 @@ DEMO_SEED = 1
 THEN_HELP = 'a model that goes on from the picture made, with options of its own: "wan2.2-i2v-a14b it runs --f 81"'
 
 Verb = Callable[..., int]
-
-
-T = TypeVar("T")
 
 MANY = Group("Many prompts", sort_key=9)
 
@@ -137,7 +134,7 @@ def convert(
 
     overwrite = make_request(call.fields).overwrite
     with make_teller(call.json) as teller, Interruption() as cancelled:
-        made = _told(convert_file(source, target, to, names, overwrite=overwrite), teller, cancelled)
+        made = told(convert_file(source, target, to, names, overwrite=overwrite), teller, cancelled)
         for note in made.notes:
             teller.event(note)
         teller.show(*converted_text(made))
@@ -217,7 +214,7 @@ def control(
     with make_teller(call.json) as teller:
         making = make_control(check_kind(kind), video, request, options, call.configuration.settings.models)
         with Interruption() as cancelled:
-            save = _told(making, teller, cancelled)
+            save = told(making, teller, cancelled)
         teller.show(str(save), {"event": "result", "paths": [str(save)]})
     return 0
 
@@ -244,7 +241,7 @@ def drive(
     with make_teller(call.json) as teller:
         making = make_driving(video, request, options, call.configuration.settings.models)
         with Interruption() as cancelled:
-            made = _told(making, teller, cancelled)
+            made = told(making, teller, cancelled)
         paths = {role: str(path) for role, path in made.items()}
         teller.show(generate_command(request, made), {"event": "result", "paths": list(paths.values()), **paths})
     return 0
@@ -275,18 +272,6 @@ def demo(call: Call) -> int:
     """Make a small video with the model that ships with Kinema."""
     fields = {"prompt": DEMO_PROMPT, "seed": DEMO_SEED, **call.fields, "model": "demo"}
     return _generate(make_request(fields), call)
-
-
-def _told(making: Generator[Event, None, T], teller: Teller, cancelled: Callable[[], bool]) -> T:
-    """Tell what a generator yields and return what it returns."""
-    while True:
-        try:
-            teller.event(next(making))
-        except StopIteration as end:
-            return cast(T, end.value)
-        if cancelled():
-            making.close()
-            raise Cancelled("stopped as asked; no file was left half-written")
 
 
 def _generate(request: Request, call: Call) -> int:

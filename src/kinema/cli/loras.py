@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from kinema.cli.flags import Call
-from kinema.cli.tell import Teller, make_teller
+from kinema.cli.interrupt import Interruption
+from kinema.cli.tell import make_teller, told
 from kinema.errors import RequestError
 from kinema.lora import parse_loras
-from kinema.schema import Note, Progress
+from kinema.schema import Note
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -20,8 +20,6 @@ Source = Annotated[Path, Parameter(name="FILE", help="a LoRA file or PEFT folder
 Target = Annotated[Path, Parameter(name="OUT", help="the file to write, .safetensors", negative=())]
 Names = Annotated[str, Parameter(help="names to write: comfyui, lightx2v, kohya, videox-fun, peft, diffusers, ...")]
 Overwrite = Annotated[bool, Parameter(help="replace OUT if it exists", negative=(), show_default=False)]
-
-Made = TypeVar("Made")
 
 
 def lora_inspect(
@@ -50,9 +48,8 @@ def lora_convert(
     """Write a LoRA in another publisher's names, and read it back to be the same change."""
     from kinema.weights.lora.convert import convert_lora
 
-    with make_teller(call.json) as teller:
-        for event in convert_lora(source, target, to, overwrite=overwrite):
-            teller.event(event)
+    with make_teller(call.json) as teller, Interruption() as cancelled:
+        told(convert_lora(source, target, to, overwrite=overwrite), teller, cancelled)
         teller.show(str(target), {"path": str(target), "dialect": to})
     return 0
 
@@ -77,8 +74,8 @@ def lora_merge(
         refs = parse_loras(list(lora))
     except ValueError as error:
         raise RequestError(str(error), "correct --lora", field="lora", got=list(lora)) from error
-    with make_teller(call.json) as teller:
-        made, changes = _told(merge(model, refs, target, to, names, overwrite=overwrite), teller)
+    with make_teller(call.json) as teller, Interruption() as cancelled:
+        made, changes = told(merge(model, refs, target, to, names, overwrite=overwrite), teller, cancelled)
         for note in made.notes:
             teller.event(note)
         for ref, size in zip(refs, changes, strict=True):
@@ -107,21 +104,12 @@ def lora_extract(
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}", "pass --dtype bfloat16",
                            field="dtype", got=dtype, allowed=DTYPES)  # fmt: skip
-    with make_teller(call.json) as teller:
+    with make_teller(call.json) as teller, Interruption() as cancelled:
         making = extract(base, tuned, target, rank=rank, to=to, dtype=getattr(torch, dtype), overwrite=overwrite)
-        found = _told(making, teller)
+        found = told(making, teller, cancelled)
         text = f"{found.matrices} matrices at rank {rank}, {found.others} differences; "
         text += f"{found.lost:.2%} of the change is left out"
         teller.event(Note(about="lora", text=text))
         data = {"path": str(target), "matrices": found.matrices, "others": found.others, "lost": found.lost}
         teller.show(str(target), data)
     return 0
-
-
-def _told(making: Generator[Progress, None, Made], teller: Teller) -> Made:
-    while True:
-        try:
-            teller.event(next(making))
-        except StopIteration as end:
-            made: Made = end.value
-            return made

@@ -6,7 +6,8 @@ Both kinds of teller have the same four methods; results go to stdout, everythin
 from __future__ import annotations
 
 import json
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Generator
+from typing import Any, Protocol, Self, TypeVar, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,8 +15,10 @@ from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from kinema.errors import KinemaError
+from kinema.errors import Cancelled, KinemaError
 from kinema.schema import Event, Note, Preview, Progress, Result
+
+T = TypeVar("T")
 
 
 class Teller(Protocol):
@@ -31,6 +34,18 @@ class Teller(Protocol):
 
 def make_teller(as_json: bool) -> Teller:
     return JsonTeller() if as_json else TerminalTeller()
+
+
+def told(making: Generator[Event, None, T], teller: Teller, cancelled: Callable[[], bool]) -> T:
+    """Tell what a generator yields and return what it returns; Cancelled, with the generator closed, once asked."""
+    while True:
+        try:
+            teller.event(next(making))
+        except StopIteration as end:
+            return cast(T, end.value)
+        if cancelled():
+            making.close()
+            raise Cancelled("stopped as asked; no file was left half-written")
 
 
 class JsonTeller:
