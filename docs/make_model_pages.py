@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from kinema.catalog import load_catalog
 from kinema.catalog.choice import Card, offers, part_offers
 from kinema.catalog.files import CatalogFile, FileSet, Store, load_store
 from kinema.provision import TIERS, Provision, preset, provide, sets_of, tasks
+from kinema.schema import CatalogEntry
 
 DOCS = Path(__file__).parent
 RAM = 32 * 10**9
-BEGIN, END = "<!-- made by docs/make_model_pages.py -->", "<!-- end -->"
+BEGIN, END = "<!-- {}: made by docs/make_model_pages.py -->", "<!-- end -->"
 
 TASKS = {
     "t2v": "Video from text",
@@ -98,10 +100,29 @@ def tables() -> str:
     return count + _table(("model", "published DiT, GB a file", "parts"), models) + _table(("part", "", "GB"), parts)
 
 
+def defaults() -> str:
+    """Return the table of models: what each takes, and what it does where a request says nothing."""
+    columns = ("name", "makes", "takes", "size", "frames, fps", "steps", "shift", "guidance")
+    return _table(columns, [_defaults(entry) for entry in load_catalog().values()])
+
+
+def _defaults(entry: CatalogEntry) -> tuple[str, ...]:
+    takes = [f"`--{name.replace('_', '-')}`" + ("!" if name in entry.needs else "") for name in entry.takes]
+    length = "1" if entry.frames == 1 else f"{entry.clip_frames or entry.frames}, {entry.fps:g}"
+    shift = "by size" if entry.shift_by_tokens else f"{entry.shift:g}"
+    shift += f"; 480p {entry.shift_480p:g}" if entry.shift_480p else ""
+    high = entry.guidance if entry.guidance_high is None else entry.guidance_high
+    guidance = f"{high:g} high, {entry.guidance:g} low" if "high" in entry.experts else f"{entry.guidance:g}"
+    size = f"{entry.size[0]}x{entry.size[1]}" + (" as area" if entry.by_area else "")
+    return f"`{entry.name}`", entry.title, ", ".join(takes) or "-", size, length, f"{entry.steps}", shift, guidance
+
+
 def models_page(text: str) -> str:
     """Return docs/models.md with its tables made anew."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables()}{END}{rest.partition(END)[2]}"
+    for name, made in (("models", defaults()), ("published files", tables())):
+        before, mark, rest = text.partition(BEGIN.format(name))
+        text = f"{before}{mark}\n\n{made}{END}{rest.partition(END)[2]}"
+    return text
 
 
 def _task(task: str, store: Store) -> str:

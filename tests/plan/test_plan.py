@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -89,37 +90,64 @@ def test_every_catalog_model_has_a_recorded_plan() -> None:
     assert set(CATALOG) - {"demo"} == set(CASES)
 
 
-# Source of the numbers: Wan-Video/Wan2.1 and Wan2.2 wan/configs and generate.py; wan-models facts, table of defaults.
+# Source: Wan-Video/Wan2.1 and Wan2.2 wan/configs, generate.py; aigc-apps/VideoX-Fun examples/wan2.1_fun,
+# wan2.2_fun and wan2.2_vace_fun; black-forest-labs/flux src/flux/cli*.py. Guidance of two experts is (low, high).
+FLUX_SHIFT = math.exp(1.15)
 OFFICIAL = {
-    "wan2.1-t2v-1.3b": (50, 5, {5}, 81, 16, (832, 480)),
-    "wan2.1-t2v-14b": (50, 5, {5}, 81, 16, (1280, 720)),
-    "wan2.1-i2v-14b-480p": (40, 3, {5}, 81, 16, (832, 464)),
-    "wan2.1-i2v-14b-720p": (40, 5, {5}, 81, 16, (1280, 720)),
-    "wan2.1-flf2v-14b": (50, 16, {5}, 81, 16, (1280, 720)),
-    "wan2.2-t2v-a14b": (40, 12, {3, 4}, 81, 16, (1280, 720)),
-    "wan2.2-i2v-a14b": (40, 5, {3.5}, 81, 16, (1280, 720)),
-    "wan2.2-ti2v-5b": (50, 5, {5}, 121, 24, (1280, 704)),
-    "wan2.2-animate-14b": (20, 5, {1}, 200, 30, (1280, 720)),
-    "flux.1-dev": (50, math.exp(1.15), {1}, 1, 16, (1024, 1024)),
-    "flux.1-schnell": (4, 1, {1}, 1, 16, (1024, 1024)),
-    "wan2.1-vace-1.3b": (50, 16, {5}, 81, 16, (832, 480)),
-    "wan2.1-vace-14b": (50, 16, {5}, 81, 16, (1280, 720)),
-    "wan2.2-vace-fun-a14b": (50, 12, {5}, 81, 16, (832, 480)),
-    "wan2.1-fun-inp-1.3b": (50, 3, {6}, 81, 16, (832, 464)),
-    "wan2.1-fun-control-14b": (50, 3, {6}, 81, 16, (832, 480)),
-    "wan2.1-fun-camera-1.3b": (50, 3, {6}, 81, 16, (832, 464)),
-    "wan2.2-fun-inp-a14b": (50, 5, {6}, 81, 16, (832, 464)),
-    "wan2.2-fun-control-5b": (50, 5, {6}, 121, 24, (1248, 704)),
-    "wan2.2-s2v-14b": (40, 3, {4.5}, 12 * 16 - 3, 16, (704, 960)),
+    "wan2.1-t2v-1.3b": (50, 5, 5, None, 81, 16, (832, 480), "wan"),
+    "wan2.1-t2v-14b": (50, 5, 5, None, 81, 16, (1280, 720), "wan"),
+    "wan2.1-i2v-14b-480p": (40, 3, 5, None, 81, 16, (832, 464), "i2v"),
+    "wan2.1-i2v-14b-720p": (40, 5, 5, None, 81, 16, (1280, 720), "i2v"),
+    "wan2.1-flf2v-14b": (50, 16, 5, None, 81, 16, (1280, 720), "flf2v"),
+    "wan2.2-t2v-a14b": (40, 12, (3, 4), 0.875, 81, 16, (1280, 720), "wan"),
+    "wan2.2-i2v-a14b": (40, 5, (3.5, 3.5), 0.9, 81, 16, (1280, 720), "wan"),
+    "wan2.2-ti2v-5b": (50, 5, 5, None, 121, 24, (1280, 704), "wan"),
+    "wan2.2-animate-14b": (20, 5, 1, None, 200, 30, (1280, 720), "wan"),
+    "wan2.2-s2v-14b": (40, 3, 4.5, None, 12 * 16 - 3, 16, (704, 960), "s2v"),
+    "wan2.1-vace-1.3b": (50, 16, 5, None, 81, 16, (832, 480), "wan"),
+    "wan2.1-vace-14b": (50, 16, 5, None, 81, 16, (1280, 720), "wan"),
+    "wan2.2-vace-fun-a14b": (50, 12, (5, 5), 0.875, 81, 16, (832, 480), "wan"),
+    "wan2.1-fun-inp-1.3b": (50, 3, 6, None, 81, 16, (832, 464), "wan"),
+    "wan2.1-fun-inp-14b": (50, 3, 6, None, 81, 16, (832, 464), "wan"),
+    "wan2.2-fun-inp-a14b": (50, 5, (6, 6), 0.9, 81, 16, (832, 464), "wan"),
+    "wan2.2-fun-inp-5b": (50, 5, 6, None, 121, 24, (1248, 704), "wan"),
+    "wan2.1-fun-control-1.3b": (50, 3, 6, None, 81, 16, (832, 480), "wan"),
+    "wan2.1-fun-control-14b": (50, 3, 6, None, 81, 16, (832, 480), "wan"),
+    "wan2.2-fun-control-a14b": (50, 5, (6, 6), 0.9, 81, 16, (832, 480), "wan"),
+    "wan2.2-fun-control-5b": (40, 5, 6, None, 121, 24, (1248, 704), "wan"),
+    "wan2.1-fun-camera-1.3b": (50, 3, 6, None, 81, 16, (832, 464), "wan"),
+    "wan2.1-fun-camera-14b": (50, 3, 6, None, 81, 16, (832, 464), "wan"),
+    "wan2.2-fun-camera-a14b": (50, 5, (6, 6), 0.9, 81, 16, (832, 464), "wan"),
+    "wan2.2-fun-camera-5b": (50, 5, 6, None, 121, 24, (1248, 704), "wan"),
+    "flux.1-dev": (50, FLUX_SHIFT, 3.5, None, 1, 16, (1024, 1024), ""),
+    "flux.1-schnell": (4, 1, None, None, 1, 16, (1024, 1024), ""),
+    "flux.1-krea-dev": (28, FLUX_SHIFT, 4.5, None, 1, 16, (1024, 1024), ""),
+    "flux.1-kontext-dev": (30, None, 2.5, None, 1, 16, None, ""),
+    "flux.1-fill-dev": (50, None, 30, None, 1, 16, None, ""),
+    "flux.1-canny-dev": (50, None, 30, None, 1, 16, None, ""),
+    "flux.1-depth-dev": (50, None, 10, None, 1, 16, None, ""),
+    "flux.1-redux-dev": (50, FLUX_SHIFT, 2.5, None, 1, 16, (1024, 1024), ""),
 }
+"""Model -> steps, shift, guidance, boundary, frames, fps, size, negative prompt; None where the input decides."""
+
+NEGATIVES = {
+    "wan": "ce96e0324e4b54ce",
+    "i2v": "412753d092bcf370",
+    "flf2v": "43885bed372496a7",
+    "s2v": "98afffdba82fbb1f",
+}
+"""Start of the sha256 of each official negative prompt."""
 
 
-@pytest.mark.parametrize("model", OFFICIAL)
+@pytest.mark.parametrize("model", CASES)
 def test_defaults_are_the_official_ones(model: str) -> None:
     made = plan(model, **CASES[model])
-    guidance = {step.guidance for step in made.steps}
-    got = (len(made.steps), made.shift, guidance, made.frames, made.fps, (made.width, made.height))
-    assert got == OFFICIAL[model]
+    steps, shift, guidance, boundary, frames, fps, size, negative = OFFICIAL[model]
+    by_expert = {step.expert: step.guidance for step in made.steps}
+    got = made.flux.guidance if made.flux else by_expert.get("model", (by_expert.get("low"), by_expert.get("high")))
+    assert (len(made.steps), got, made.boundary, made.frames, made.fps) == (steps, guidance, boundary, frames, fps)
+    assert shift in (None, made.shift) and size in (None, (made.width, made.height))
+    assert NEGATIVES[negative] == sha256(made.negative.encode()).hexdigest()[:16] if negative else not made.negative
 
 
 @pytest.mark.parametrize(("model", "high"), [("wan2.2-t2v-a14b", 26), ("wan2.2-i2v-a14b", 15)])
