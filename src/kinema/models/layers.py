@@ -88,11 +88,16 @@ def sdpa(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
 # --- positions -----------------------------------------------------------------------------------
 
 
+def finest(device: torch.device) -> torch.dtype:
+    """Return the finest real numbers of a device: float64, except on MPS, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def rope_table(grid: tuple[int, int, int], head_dim: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return unit complex numbers [L, head_dim / 2], time-major, that turn by each token's position.
 
     grid   tokens along time, height and width; L is their product.
-    dtype  complex128 or complex64 of the result; angles are computed in float64 except on MPS, which has none.
+    dtype  complex128 or complex64 of the result; angles are computed in `finest`.
 
     The K/2 slots are split t : h : w as 22 : 21 : 21 for K = 128; each axis has its own ladder of frequencies
     10000 ** (-j / slots).
@@ -110,7 +115,7 @@ def rope_at(
     """Return the rope_table of tokens at given positions along time, height and width; they may be negative."""
     slots = head_dim // 2
     split = (slots - 2 * (slots // 3), slots // 3, slots // 3)
-    real = torch.float32 if device.type == "mps" else torch.float64
+    real = finest(device)
     turns = []
     grid = [len(axis) for axis in positions]
     for axis, (places, width) in enumerate(zip(positions, split, strict=True)):
@@ -132,7 +137,7 @@ def rotate(x_BLNK: Tensor, rope_LK: Tensor) -> Tensor:
 def sinusoid(timesteps: Tensor, width: int) -> Tensor:
     """Return float32 features [..., width] of timesteps in [0, 1000]: cosines first, then sines."""
     half = width // 2
-    real = torch.float32 if timesteps.device.type == "mps" else torch.float64
+    real = finest(timesteps.device)
     frequencies = 10000.0 ** (-torch.arange(half, dtype=real, device=timesteps.device) / half)
     angles = timesteps.to(real)[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()

@@ -22,7 +22,7 @@ from kinema.models.adapters.motion import blur_kernel
 from kinema.models.adapters.reference import Reference
 from kinema.models.adapters.speech import Speech
 from kinema.models.adapters.vace import Vace
-from kinema.models.layers import Attention, Linear, RunBlocks, rope_at, run_in_order, sdpa, sinusoid
+from kinema.models.layers import Attention, Linear, RunBlocks, finest, rope_at, run_in_order, sdpa, sinusoid
 from kinema.models.wan_blocks import Block, ClipEmbedding, Context, Head, Stream, pad_texts
 from kinema.models.wan_config import ADAPTER_CONFIGS, PATCH, WanConfig
 from kinema.tensors import Conditions
@@ -192,8 +192,8 @@ class WanDiT(nn.Module):
     @staticmethod
     def _rope_dtype(context: Context) -> torch.dtype:
         # Rounding queries to bfloat16 loses 2 ** -9; a float32 rotation, 2 ** -24, then costs nothing.
-        exact = context.kv[0][0].dtype == torch.float32 and context.kv[0][0].device.type != "mps"
-        return torch.complex128 if exact else torch.complex64
+        keys = context.kv[0][0]
+        return (finest(keys.device) if keys.dtype == torch.float32 else torch.float32).to_complex()
 
     def unembed(self, stream: Stream) -> Tensor:
         """Return the velocity_BCFhw, float32, of the video's tokens."""

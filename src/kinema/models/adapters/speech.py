@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.models.adapters.adapter import Adapter
-from kinema.models.layers import LayerNorm, Linear, rope_at, sinusoid
+from kinema.models.layers import LayerNorm, Linear, finest, rope_at, sinusoid
 from kinema.models.wan_blocks import Context, CrossAttention, Stream
 from kinema.models.wan_config import PATCH, SpeechConfig, WanConfig
 from kinema.tensors import Conditions, SpeechConditions
@@ -284,7 +284,7 @@ class Speech(Adapter):
         if given.motion_BCFhw is not None:
             places += motion_positions(rows, columns)
         device = given.reference_BCFhw.device
-        dtype = torch.complex64 if device.type == "mps" else torch.complex128
+        dtype = finest(device).to_complex()
         return torch.cat([rope_at(place, model.config.head_dim, dtype=dtype, device=device) for place in places])
 
 

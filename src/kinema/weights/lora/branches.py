@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kinema.models.layers import finest
+
 LinearMap = Callable[[Tensor], Tensor]
 """x [..., in] -> W x [..., out] of the layer underneath, without its bias."""
 
@@ -80,7 +82,8 @@ class LowRank(Branch):
 
     def norm(self, weight: Tensor) -> float:
         # |up down|^2 is the sum over the products of two rank x rank matrices: nothing of the weight's size is made.
-        up, down = self.up.double(), self.down.double()
+        fine = finest(self.up.device)
+        up, down = self.up.to(fine), self.down.to(fine)
         return abs(self.scale) * float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
 
 
@@ -125,7 +128,8 @@ class Kronecker(Branch):
         return F.linear(inner, self.w1).transpose(-1, -2).flatten(-2) * self.scale
 
     def norm(self, weight: Tensor) -> float:
-        return abs(self.scale) * float(self.w1.double().norm() * self.w2.double().norm())
+        fine = finest(self.w1.device)
+        return abs(self.scale) * float(self.w1.to(fine).norm() * self.w2.to(fine).norm())
 
 
 class Difference(Branch):
