@@ -93,13 +93,11 @@ def survey(
         )
     check_media(request, entry)
     folder = output_folder(request)
-    if request.save and request.save.suffix and request.save.is_dir():
-        raise RequestError(
-            f"save {request.save} is a folder, and looks like a file name",
-            f"pass --save {request.save / 'video.mp4'}",
-            field="save",
-            got=str(request.save),
-        )
+    if request.save and request.save.suffix:
+        _check_no_folder("save", request.save, "video.mp4")
+    if request.preview:
+        _check_no_folder("preview", request.preview, "preview.png")
+        _free(request.preview.parent, "preview")
     if request.keep_audio and (heard := request.video or request.pose):
         audio_facts(heard)  # raises where there is no sound to keep
     files, widened = _with_room(request, entry, files, settings)
@@ -272,18 +270,17 @@ def _identify(request: Request, files: Mapping[str, FileFacts], catalog: Mapping
     """The one model these files can be. Which of several a file belongs to is asked for, never guessed."""
     if "dit" not in files:
         raise CatalogError("no DiT file was given or found", "pass --dit FILE, or --model NAME", name="dit")
-    experts = 2 if "dit_high" in files else 1
-    entries = [entry for entry in matching_entries(files["dit"].config, catalog) if len(entry.experts) == experts]
+    alike = matching_entries(files["dit"].config, catalog)
+    pairs = [entry for entry in alike if "high" in entry.experts]
+    entries = (pairs or alike) if "dit_high" in files else [entry for entry in alike if entry not in pairs]
     if len(entries) > 1 and request.model:
         name = Path(request.model).expanduser().resolve().name.casefold()
         entries = [e for e in entries if name in {r.split("/")[-1].casefold() for r in e.repositories}] or entries
+    if entries and not request.model and "dit_high" not in files:
+        entries = [*entries, *pairs]  # one file may be half of a pair
     if len(entries) == 1:
-        one = entries[0]
-        twins = [e for e in matching_entries(files["dit"].config, catalog) if len(e.experts) != experts]
-        if request.model or not twins:
-            return one
-        entries = [one, *twins]
-    if not entries and experts == 1 and (pairs := matching_entries(files["dit"].config, catalog)):
+        return entries[0]
+    if not entries and pairs:
         names = " or ".join(entry.name for entry in pairs)
         raise CatalogError(
             f"{files['dit'].path} is one expert of {names}; the other one is not given",
@@ -402,18 +399,22 @@ def existing_names(folder: Path) -> frozenset[str]:
     return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
 
 
-def _free(folder: Path) -> int:
+def _check_no_folder(field: str, file: Path, name: str) -> None:
+    if file.is_dir():
+        raise RequestError(
+            f"{field} {file} is a folder, and looks like a file name",
+            f"pass --{field} {file / name}",
+            field=field,
+            got=str(file),
+        )
+
+
+def _free(folder: Path, field: str = "save") -> int:
     """Free bytes where outputs go; RequestError for a folder that cannot be written."""
     place = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()), Path("/"))
-    if not place.is_dir():
+    fault = "is a file, not a folder" if not place.is_dir() else "cannot be written to"
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise RequestError(
-            f"save {folder}: {place} is a file, not a folder",
-            "pass --save another folder",
-            field="save",
-            got=str(folder),
-        )
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise RequestError(
-            f"save {folder}: {place} cannot be written to", "pass --save another folder", field="save", got=str(folder)
+            f"{field} {folder}: {place} {fault}", f"pass --{field} another place", field=field, got=str(folder)
         )
     return shutil.disk_usage(place).free

@@ -108,6 +108,8 @@ def _fill(media: Path, models: Path) -> None:
     (media / "nothing").mkdir()
     (media / "bare").mkdir()
     (media / "bare/dit.safetensors").symlink_to(dit)
+    (media / "alone").mkdir()
+    (media / "alone/umt5.safetensors").symlink_to(models / "text_encoders/umt5_xxl_fp16.safetensors")
     (media / "empty.txt").write_text("# only a comment\n")
     (media / "latin.txt").write_bytes(b"un caf\xe9\n")
     (media / "prompts.docx").write_bytes(b"PK\x03\x04")
@@ -266,6 +268,20 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         REQUEST,
         ("wan2.1_t2v_14B_fp16", "--model wan2.1-t2v-14b", "wan2.2-t2v-a14b"),
     ),
+    "experts of one of two models": (
+        "cat --dit M/diffusion_models/wan2.2_i2v_low_noise_14B_fp16.safetensors --first D/cat.png "
+        "--dit-high M/diffusion_models/wan2.2_i2v_high_noise_14B_fp16.safetensors "
+        "--vae M/vae/wan_2.1_vae.safetensors --text-encoder M/text_encoders/umt5_xxl_fp16.safetensors",
+        REQUEST,
+        ("wan2.2_i2v_low_noise", "--model wan2.2-i2v-a14b", "wan2.2-fun-inp-a14b"),
+    ),
+    "two files for a model of one": (
+        "cat --dit M/diffusion_models/wan2.2_ti2v_5B_fp16.safetensors "
+        "--dit-high M/diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors "
+        "--vae M/vae/wan2.2_vae.safetensors --text-encoder M/text_encoders/umt5_xxl_fp16.safetensors",
+        REQUEST,
+        ("wan2.2-ti2v-5b has one expert", "--dit-high", "leave it out"),
+    ),
     "experts exchanged": (
         f"cat {TWO} --dit M/diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors "
         "--dit-high M/diffusion_models/wan2.2_t2v_low_noise_14B_fp16.safetensors",
@@ -355,6 +371,12 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "the DiT of another variant": (f"cat {T2V} --dit D/vace.safetensors", CHECKPOINT, ("vace.safetensors", "VACE")),
     "folder instead of a file": (f"cat {T2V} --vae D/nothing", CHECKPOINT, ("nothing", ".safetensors")),
     "tokenizer that is none": (f"cat {T2V} --tokenizer D/notes.txt", CATALOG, ("notes.txt", "spiece.model")),
+    "no tokenizer anywhere": (
+        f"cat {T2V} --dit M/diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors --vae M/vae/wan_2.1_vae.safetensors "
+        "--text-encoder D/alone/umt5.safetensors --models-dir D/nothing",
+        CATALOG,
+        ("umt5.safetensors holds no tokenizer", "google/umt5-xxl", "Wan-AI/Wan2.1-T2V-1.3B", "--tokenizer PATH"),
+    ),
     "tokenizer that is not there": (f"cat {T2V} --tokenizer D/spiece", CATALOG, ("spiece", "no such file")),
     # quantised files
     "fp8 rounded again": (
@@ -421,6 +443,12 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "save onto a folder": (f"cat {T2V} -o D/folder.mp4", REQUEST, ("folder.mp4", "is a folder", "--save")),
     "quality too high": (f"cat {T2V} --quality 101", REQUEST, ("101", "--quality 100")),
     "quality negative": (f"cat {T2V} --quality -1", REQUEST, ("-1", "--quality 0")),
+    "preview onto a folder": (f"cat {T2V} --preview D/folder.png", REQUEST, ("folder.png", "is a folder", "--preview")),
+    "preview under a file": (
+        f"cat {T2V} --preview D/there.mp4/live.png",
+        REQUEST,
+        ("there.mp4", "not a folder", "--preview"),
+    ),
     "preview no picture": (f"cat {T2V} --preview live.mp4", REQUEST, ("live.mp4", ".png")),
     "overwrite takes no word": (f"cat {T2V} --overwrite=maybe", REQUEST, ("maybe",)),
     # prompt files
@@ -480,7 +508,14 @@ def test_bad_input(installed: Cli, world: World, case: str):
     assert list(Path().iterdir()) == [], "nothing is written"
 
 
-@pytest.mark.parametrize("line", [f"cat {T2V}", f"cat {T2V} --size 832x480 --frames 81 --output mp4,latents"])
+PAIR = (
+    "cat --dit M/diffusion_models/wan2.2_t2v_low_noise_14B_fp16.safetensors "
+    "--dit-high M/diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors "
+    "--vae M/vae/wan_2.1_vae.safetensors --text-encoder M/text_encoders/umt5_xxl_fp16.safetensors"
+)
+
+
+@pytest.mark.parametrize("line", [f"cat {T2V}", f"cat {T2V} --size 832x480 --frames 81 --output mp4,latents", PAIR])
 def test_the_same_without_the_fault_is_planned(installed: Cli, world: World, line: str):
     ran = installed("plan", *words_of(line, world))
     assert ran.code == 0, ran.err
