@@ -15,7 +15,7 @@ from test_lines import REQUESTS
 
 from conftest import Cli
 from kinema.batch.lines import render_line
-from kinema.batch.manifest import Manifest, content_keys
+from kinema.batch.manifest import NOT_CONTENT, Manifest, content_keys
 from kinema.batch.run import manifest_path, plan_lines, run_lines
 from kinema.batch.sources import read_lines
 from kinema.engine import Engine
@@ -257,15 +257,13 @@ def test_a_manifest_moves_with_its_folder(tmp_path: Path):
     assert Manifest(tmp_path / "new" / "p.manifest.jsonl").record("a").missing() == []
 
 
-def test_equal_lines_are_told_apart_and_place_is_no_content():
-    first, second = Request(prompt="a"), Request(prompt="a", save=Path("elsewhere"))
+def test_equal_lines_are_told_apart_and_neither_place_nor_memory_is_content():
+    first, second = Request(prompt="a"), Request(prompt="a", save=Path("elsewhere"), vram="8GB", blocks_to_swap=20)
     keys = content_keys([first, second, Request(prompt="b"), None])
     assert keys[1] == f"{keys[0]}-2" and len(set(keys)) == 4
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in Request.model_fields if name not in ("save", "overwrite", "preview")]
-)
+@pytest.mark.parametrize("name", [name for name in Request.model_fields if name not in NOT_CONTENT])
 def test_every_other_field_is_content(name: str):
     values = {
         "size": "32x32",
@@ -278,8 +276,6 @@ def test_every_other_field_is_content(name: str):
         "quantise_text_encoder": "int8",
         "fp8_matmul": True,
         "dtype": "float32",
-        "text_encoder_on": "cpu",
-        "vae_cache": "cpu",
         "outpaint": True,
         "boundary": 0.5,
         "lora_mode": "fuse",

@@ -24,8 +24,10 @@ from kinema.errors import KinemaError, OutputError
 from kinema.planning import MEDIA_FIELDS
 from kinema.schema import Note, Request
 
-NOT_CONTENT = {"save", "overwrite", "preview"}
-"""Fields that say where, not what: changing them makes no line new."""
+PLACE = {"save", "overwrite", "preview", "save_steps"}
+MEMORY = {"vram", "ram", "blocks_to_swap", "text_encoder_on", "ffn_tokens", "vae_cache"}
+NOT_CONTENT = PLACE | MEMORY
+"""Fields that say where and within which memory, not what: changing them makes no line new."""
 
 
 @dataclass
