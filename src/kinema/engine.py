@@ -368,11 +368,13 @@ class Engine:
         velocity = ops.Velocity(partial(self._expert, plan), conditions, device, together)
         first = plan.experts[plan.steps[after.index + 1 if after else 0].expert]
         after = after and replace(after, memory=tuple(tensor.to(device) for tensor in after.memory))
+        _stop_if(cancelled)
         if first not in self._models:
             with stages.measure("load"):
                 yield (loading := Meter("load", 1)).start()
                 self._get(plan, first)
                 yield loading.tick()
+            _stop_if(cancelled)
         clean = conditions["cond"].clean_BCFhw
         start_BCFhw = start_BCFhw.to(device)
         if (source := conditions["cond"].source_BCFhw) is not None:
@@ -394,6 +396,7 @@ class Engine:
 
     def _preview(self, plan: Plan, index: int, latents_CFhw: Tensor, factors: Tensor | None) -> Preview:
         path = cast(Path, plan.output.preview)
+        path.parent.mkdir(parents=True, exist_ok=True)
         middle = latents_CFhw.shape[1] // 2
         frame = preview_rgb(latents_CFhw[:, middle : middle + 1].cpu(), factors)
         media = Media(iter([ops.enlarged(frame, plan.height, plan.width)]), 1, plan.width, plan.height, plan.fps, {})
