@@ -1,4 +1,4 @@
-"""Kinema: one engine for the open Wan 2.1 and 2.2 video models.
+"""Kinema: one engine for the open Wan 2.1 and 2.2 video models, and FLUX.1 for images.
 
     kinema.generate(prompt="a large red circle moves left on a navy background", model="demo")
     kinema.plan(prompt=..., model=...)       the Plan, nothing loaded

@@ -7,6 +7,7 @@ late is still reached.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -216,6 +217,12 @@ def test_every_import_is_allowed():
 def test_every_row_names_something():
     rows = {row for row in LAYERS if not any(within(name, row) for name in modules(SOURCE))}
     assert rows <= {"kinema.cli"}
+
+
+def test_the_page_for_contributors_names_every_layer():
+    page = (SOURCE.parent / "CONTRIBUTING.md").read_text()
+    named = {cell.strip("/") for cell in re.findall(r"`([a-z_]+/?)`", page)}
+    assert {row.split(".")[1] for row in LAYERS if "." in row} - named == set()
 
 
 TREE = """

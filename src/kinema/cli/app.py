@@ -379,7 +379,7 @@ def build_app() -> App:
     """Return the command line, made from COMMANDS."""
     app = App(
         name="kinema",
-        help="One engine for the open Wan 2.1 and 2.2 video models.",
+        help="One engine for the open Wan 2.1 and 2.2 video models, and FLUX.1 for images.",
         version=f"kinema {VERSION}",
         version_flags=["--version"],
     )
