@@ -67,6 +67,7 @@ TINY: dict[Component, dict[str, Any]] = {
         "position_kernel": 16,
         "position_width": 32,
     },
+    "motion_controller": {"freq_dim": 32, "dim": 128},
 }
 """Constructor arguments of one small model of each component, all of them readable from shapes."""
 

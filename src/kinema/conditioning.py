@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from kinema.errors import RequestError
-from kinema.media.camera import camera_poses, pack_frames, plucker
+from kinema.media.camera import Rays, camera_poses
 from kinema.media.frames import crop_to, fit_inside, pack_mask, resize, to_video_range, unshuffle_mask
 from kinema.media.image import read_image
 from kinema.media.reader import read_video
+from kinema.models.adapters.speed import MotionController
 from kinema.models.encoders import ClipVision
 from kinema.models.wan_vae import WanVAE
 from kinema.schema import ImagePlan, ModelRef, OneFramePlan, Plan, VideoPlan
@@ -29,7 +30,8 @@ WHITE, GREY = 1.0, 0.0
 def media_conditions(plan: Plan, load: Callable[[ModelRef], nn.Module]) -> Conditions:
     """Return the conditions of a plan's images, videos and camera, without texts.
 
-    load  recipe -> loaded module; asked for the CLIP and VAE encoders, each only where something is encoded with it.
+    load  recipe -> loaded module; asked for the CLIP and VAE encoders and the motion controller, each only where it
+          is used.
     """
     clip = None if plan.clip_vision is None else _clip_tokens(plan, plan.clip_vision, load)
     adapters = next(iter(plan.experts.values())).config
@@ -39,14 +41,16 @@ def media_conditions(plan: Plan, load: Callable[[ModelRef], nn.Module]) -> Condi
         return Conditions((), clip, channels_BCFhw, positions=plan.one_frame.positions)
     canvas = Canvas.of(plan) if adapters.get("vace") or plan.concat else None
     concat, clean = _channels(plan, canvas, encode)
+    motion = plan.motion and cast(MotionController, load(plan.motion.controller))(plan.motion.bucket_id)
     return Conditions(
         (),
         clip,
         concat,
         clean,
         source_BCFhw=_source_latents(plan, encode),
+        motion_B6D=motion,
         vace=_vace(plan, cast(Canvas, canvas), encode) if adapters.get("vace") else None,
-        camera=camera_path(plan) if adapters.get("camera") else None,
+        camera=CameraConditions(Rays.of(camera_poses(plan.camera), plan.width, plan.height)) if plan.camera else None,
         reference=_reference(plan, encode) if adapters.get("reference") else None,
     )
 
@@ -268,23 +272,6 @@ def _reference(plan: Plan, encode: Encoder) -> ReferenceConditions:
             return ReferenceConditions(encode(read_planned(image)[:, None])[:, :, 0])
     channels, _, h, w = plan.latent
     return ReferenceConditions(torch.zeros(1, channels, h, w))
-
-
-def camera_path(plan: Plan) -> CameraConditions | None:
-    """The Pluecker embedding of the planned camera, made four frames at a time."""
-    if plan.camera is None:
-        return None
-    poses = camera_poses(plan.camera)
-    parts = []
-    for start, stop in [(0, 1), *((first, first + 4) for first in range(1, plan.frames, 4))]:
-        rays_FHWC = plucker(poses[start:stop], plan.width, plan.height, poses)
-        parts.append(pack_frames(rays_FHWC) if start == 0 else _four(rays_FHWC))
-    return CameraConditions(torch.cat(parts, dim=1)[None])
-
-
-def _four(rays_FHWC: Tensor) -> Tensor:
-    """One latent frame of four pixel frames, as `pack_frames` packs all but the first."""
-    return rays_FHWC.permute(3, 0, 1, 2).reshape(-1, 1, *rays_FHWC.shape[1:3])
 
 
 def _clip_tokens(plan: Plan, ref: ModelRef, load: Callable[[ModelRef], nn.Module]) -> Tensor:

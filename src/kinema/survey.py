@@ -50,6 +50,7 @@ COMPONENTS: dict[str, tuple[Component, ...]] = {
     "clip_text": ("clip_text",),
     "redux": ("redux",),
     "audio_encoder": ("audio_encoder",),
+    "motion_controller": ("motion_controller",),
 }
 """The kinds of model each role asks for, Wan's first."""
 
@@ -82,7 +83,7 @@ def survey(
     paths, notes = _locate(request, named, settings, machine)
     files = {role: _inspect(role, path) for role, path in paths.items() if role in COMPONENTS}
     entry = named or _identify(request, files, catalog)
-    lacking = missing(entry, paths)
+    lacking = missing(entry, paths, _also(request))
     if lacking:
         flags = ", ".join(f"--{role.replace('_', '-')} FILE" for role in lacking)
         raise CatalogError(
@@ -130,6 +131,11 @@ def _is_folder(model: str) -> bool:
     return os.sep in model or model.startswith((".", "~")) or Path(model).is_dir()
 
 
+def _also(request: Request) -> tuple[str, ...]:
+    """Roles that this request needs besides those of its model."""
+    return () if request.motion_bucket_id is None else ("motion_controller",)
+
+
 def _locate(
     request: Request, named: CatalogEntry | None, settings: Settings, machine: Machine
 ) -> tuple[dict[str, Path], tuple[Note, ...]]:
@@ -154,9 +160,9 @@ def _locate(
         if not folder.is_dir():
             raise CatalogError(f"--model {folder}: no such folder", _near(folder), name=str(folder))
         return {**resolve_folder(folder, given=flags), **flags}, ()
-    if not missing(named, flags):
+    if not missing(named, flags, _also(request)):
         return flags, ()
-    chosen = installed(named, settings, machine, given=flags)
+    chosen = installed(named, settings, machine, given=flags, also=_also(request))
     return {**chosen.files, **flags}, (Note(about="files", text=chosen.note),) if chosen.note else ()
 
 
@@ -175,27 +181,36 @@ def _here(place: Path | str | None, settings: Settings) -> Path:
     return Path(str(place)) if source is None else fetched(source, Folders.of(settings))
 
 
-def installed(entry: CatalogEntry, settings: Settings, machine: Machine, given: Collection[str] = ()) -> Chosen:
+def installed(
+    entry: CatalogEntry,
+    settings: Settings,
+    machine: Machine,
+    given: Collection[str] = (),
+    also: Collection[str] = (),
+) -> Chosen:
     """Return the best installed files of a model for this machine; CatalogError says what to pull where some lack."""
     store, folders = load_store(settings.catalogs), Folders.of(settings)
     card = Card(machine.memory_total, machine.ram_total)
     item = store.sets.get(entry.name)
     need = Need(card, activation_bytes(item, store), store.shapes[item.shape].num_layers) if item else None
     try:
-        return find_files(entry, store, folders, need=need, given=given)
+        return find_files(entry, store, folders, need=need, given=given, also=also)
     except CatalogError as error:
         if item is None or "missing" not in error.details:
             raise
-        error.hint = f"{_pull_hint(item, store, card, error.details['missing'])}\n{error.hint}"
-        error.details["pull"] = item.name
+        error.details["pull"], told = _what_to_pull(item, store, card, error.details["missing"])
+        error.hint = f"type: kinema models pull {error.details['pull']}   ({told})\n{error.hint}"
         raise
 
 
-def _pull_hint(item: FileSet, store: Store, card: Card, lacking: Collection[str]) -> str:
-    made = provide(item, store, card)
-    wanted = [file for file in made.files if file.role in lacking]
-    size = sum(file.bytes or 0 for file in wanted) / 1e9
-    return f"type: kinema models pull {item.name}   ({size:.1f} GB: {', '.join(file.name for file in wanted)})"
+def _what_to_pull(item: FileSet, store: Store, card: Card, lacking: Collection[str]) -> tuple[str, str]:
+    """What brings the roles that lack, and how much that is: the set, or a repository of a part that few runs use."""
+    files = [file for file in provide(item, store, card).files if file.role in lacking]
+    if not files:
+        beside = next(file for file in store.serving(item.name) if file.role in lacking)
+        return f"ms:{beside.repository}", beside.name
+    size = sum(file.bytes or 0 for file in files) / 1e9
+    return item.name, f"{size:.1f} GB: {', '.join(file.name for file in files)}"
 
 
 def _near(path: Path) -> str:

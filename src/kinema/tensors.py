@@ -6,7 +6,7 @@ S text tokens, V vision tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast
 
@@ -32,10 +32,11 @@ class VaceConditions:
 class CameraConditions:
     """The camera's path: Pluecker coordinates of every pixel, four frames a latent frame.
 
-    pluecker_BCFHW  24 channels: coordinate by coordinate (o x d, then d), the four frames of each.
+    frames  pluecker_BCHW of each latent frame, in order, gone through at every `prepare`: 24 channels, coordinate by
+            coordinate (o x d, then d), the four frames of each. All at once they would take 2.7 GB at 1280x704x121.
     """
 
-    pluecker_BCFHW: Tensor
+    frames: Iterable[Tensor]
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Conditions:
     clean_BCFhw   normalised latents that overwrite the first latent frames, whose tokens then see t = 0.
     source_BCFhw  normalised latents of a video that sampling starts from, noised; None: it starts from noise.
     positions     place in time of each latent frame, for the rotary embedding; None: 0, 1, 2 ...
+    motion_B6D    added to what modulates the blocks, at every timestep; None without a motion controller.
     vace, ...     what each adapter is told, None where it is not used.
     flux          what FLUX takes besides, None for Wan.
     """
@@ -109,6 +111,7 @@ class Conditions:
     clean_BCFhw: Tensor | None = None
     source_BCFhw: Tensor | None = None
     positions: tuple[int, ...] | None = None
+    motion_B6D: Tensor | None = None
     vace: VaceConditions | None = None
     camera: CameraConditions | None = None
     reference: ReferenceConditions | None = None

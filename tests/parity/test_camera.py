@@ -11,7 +11,7 @@ from torch import Tensor
 
 from golden_weights import assert_golden, golden
 from kinema.errors import RequestError
-from kinema.media.camera import Poses, camera_poses, pack_frames, plucker, pose_facts, read_poses
+from kinema.media.camera import Poses, Rays, camera_poses, pose_facts, read_poses
 from kinema.planning.camera import is_pose_file, parse_moves, plan_camera
 from kinema.schema import CameraPlan
 
@@ -27,6 +27,10 @@ def moved(text: str, frames: int = FRAMES, fps: float = 16) -> Poses:
     return camera_poses(CameraPlan(segments=parse_moves(text, frames, fps)))
 
 
+def plucker(poses: Poses, width: int, height: int) -> Tensor:
+    return Rays.of(poses, width, height).of_frames(range(len(poses.intrinsics_F4)))
+
+
 def seen(poses: Poses, *points: tuple[float, float, float]) -> Tensor:
     """Where points of the world are in the picture: [F, points, (u, v)], in shares of its sides."""
     world_4P = torch.tensor([[*point, 1.0] for point in points], dtype=torch.float64).T
@@ -38,11 +42,11 @@ def seen(poses: Poses, *points: tuple[float, float, float]) -> Tensor:
 def test_golden(tmp_path: Path) -> None:
     spec, want = golden("camera_plucker")
     poses = read_poses(pose_file(tmp_path / "poses.txt", spec["inputs"]["pose_rows"]))
-    rays = plucker(poses, spec["config"]["width"], spec["config"]["height"])
-    assert_golden(rays, want["plucker"])
-    assert_golden(pack_frames(rays)[None], want["adapter_input"])
-    part = plucker(poses[5:9], spec["config"]["width"], spec["config"]["height"], origin=poses)
-    assert torch.equal(part, rays[5:9]), "a part of a video has the video's origin"
+    rays = Rays.of(poses, spec["config"]["width"], spec["config"]["height"])
+    whole = rays.of_frames(range(len(poses.intrinsics_F4)))
+    assert_golden(whole, want["plucker"])
+    assert_golden(torch.stack(list(rays), dim=2), want["adapter_input"])
+    assert torch.equal(rays.of_frames(range(5, 9)), whole[5:9]), "a part of a video has the video's origin"
 
 
 AHEAD = (0.0, 0.0, 5.0)

@@ -50,7 +50,7 @@ def load(name: str) -> tuple[WanDiT, Tensor, Tensor, Conditions, Tensor]:
         vace=VaceConditions(given_tensor("vace_context0")[None], shapes["vace_context_scale"])
         if "vace_context0" in shapes
         else None,
-        camera=CameraConditions(given_tensor("y_camera")) if "y_camera" in shapes else None,
+        camera=CameraConditions(given_tensor("y_camera").unbind(2)) if "y_camera" in shapes else None,
         reference=ReferenceConditions(given_tensor("full_ref")) if "full_ref" in shapes else None,
     )
     return model, given_tensor("x0").reshape(1, 16, 3, 6, 8), torch.tensor(shapes["t"]), conditions, tensors["out0"]
@@ -110,9 +110,9 @@ def test_a_reference_at_the_video_s_first_position_fails(name: str, monkeypatch:
 @pytest.mark.parametrize("name", CAMERA)
 def test_frames_before_coordinates_fail(name: str):
     model, x, timesteps, conditions, want = load(name)
-    pluecker = conditions.camera.pluecker_BCFHW.unflatten(1, (6, 4)).transpose(1, 2).flatten(1, 2)
+    other = [frame.unflatten(1, (6, 4)).transpose(1, 2).flatten(1, 2) for frame in conditions.camera.frames]
     with pytest.raises(AssertionError, match="off by"):
-        assert_golden(velocity(model, x, timesteps, replace(conditions, camera=CameraConditions(pluecker))), want)
+        assert_golden(velocity(model, x, timesteps, replace(conditions, camera=CameraConditions(other))), want)
 
 
 # --- the hooks ---------------------------------------------------------------------------------------
@@ -159,14 +159,14 @@ def test_wrong_conditions_are_refused():
     with pytest.raises(ValueError, match="VACE context has 24 tokens, the latents 36"):
         velocity(model, x, timesteps, replace(conditions, vace=short))
     with pytest.raises(ValueError, match="takes no camera conditions"):
-        model.prepare(replace(conditions, camera=CameraConditions(torch.zeros(1, 24, 3, 48, 64))))
+        model.prepare(replace(conditions, camera=CameraConditions(torch.zeros(3, 1, 24, 48, 64))))
 
 
 def test_conditions_move_with_all_they_hold():
     for name in GOLDENS:
         moved = load(name)[3].to("meta")
         for part in (moved.vace, moved.camera, moved.reference):
-            assert part is None or next(iter(vars(part).values())).is_meta
+            assert part is None or all(tensor.is_meta for tensor in next(iter(vars(part).values())))
         assert moved.text[0].is_meta
 
 

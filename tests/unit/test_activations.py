@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kinema.models.wan import WanConfig, WanDiT, stays_float32
+from kinema.models.wan_config import CameraConfig, VaceConfig
 from kinema.models.wan_vae import WanVAE, WanVAEConfig
 from kinema.planning import activations
-from kinema.tensors import Conditions
+from kinema.tensors import CameraConditions, Conditions, VaceConditions
 
 
 class Live(TorchDispatchMode):
@@ -83,6 +84,26 @@ def test_dit(model: str, dtype: str, branches: int, parts: int) -> None:
         ffn_tokens=dit.ffn_tokens,
     )
     assert predicted == pytest.approx(live.peak, rel=0.06)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_adapters_keep(dtype: torch.dtype) -> None:
+    frames, rows, columns = 3, 8, 12
+    tokens = frames * rows * columns // 4
+    given = {
+        "vace": VaceConditions(torch.empty(1, 96, frames, rows, columns)),
+        "camera": CameraConditions([torch.empty(1, 24, 8 * rows, 8 * columns)] * frames),
+    }
+    for name, config in (("vace", VaceConfig((0,))), ("camera", CameraConfig())):
+        with torch.inference_mode(), torch.device("meta"):
+            whole = WanConfig(256, 512, 2, 16, 16, text_dim=32, **{name: config})
+            dit = WanDiT(whole).requires_grad_(False).eval()
+            for key, parameter in dit.named_parameters():
+                parameter.data = parameter.data.to(torch.float32 if stays_float32(key) else dtype)
+            told = {name: given[name]}
+            ((_, state),) = dit.prepare(Conditions((torch.empty(4, 32, device="meta"),), **told).to("meta")).adapters
+        kept = state if isinstance(state, torch.Tensor) else state.tokens_BLD
+        assert activations.adapter_bytes(dataclasses.asdict(whole), tokens, dtype.itemsize) == kept.nbytes
 
 
 @pytest.mark.parametrize(("version", "rows", "columns", "chunk"), [("2.1", 60, 104, 1), ("2.1", 90, 160, 2),

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoints import tiny
-from kinema.conditioning import camera_path, media_conditions, read_frames
+from kinema.conditioning import media_conditions, read_frames
 from kinema.errors import RequestError
-from kinema.media.camera import camera_poses, pack_frames, plucker
+from kinema.media.camera import Rays, camera_poses
 from kinema.media.frames import to_video_range
 from kinema.media.image import image_facts, read_image
 from kinema.media.probe import probe
@@ -251,13 +251,18 @@ def test_a_model_with_a_reference_gets_zeros_without_one(inputs: Inputs, control
     assert some is not None and torch.allclose(some.latent_BChw[0], want, atol=1e-5)
 
 
-def test_a_camera_path_in_parts_is_the_whole_one(inputs: Inputs):
+def test_a_camera_path_moves_as_its_poses_and_gives_its_frames_again(inputs: Inputs):
     made = inputs("wan2.2-fun-camera-a14b", frames=9, camera="pan left 3; roll, dolly in")
     assert made.camera is not None
-    found = camera_path(made)
-    assert found is not None
-    whole = pack_frames(plucker(camera_poses(made.camera), SIDE, SIDE))
-    assert torch.equal(found.pluecker_BCFHW[0], whole)
+    found = conditions(made).to("meta").camera
+    assert found is not None and all(frame.is_meta for frame in found.frames), "rays are made where they are used"
+    camera = conditions(made).camera
+    assert camera is not None
+    frames = list(camera.frames)
+    assert [frame.shape for frame in frames] == [(1, 24, SIDE, SIDE)] * 3
+    assert all(torch.equal(*pair) for pair in zip(frames, camera.frames, strict=True)), "for every branch of guidance"
+    whole = Rays.of(camera_poses(made.camera), SIDE, SIDE).of_frames([0, 0, 0, *range(9)]).unflatten(0, (3, 4))
+    assert torch.equal(torch.cat(frames), whole.permute(0, 4, 1, 2, 3).flatten(1, 2))
 
 
 def test_videos_are_cropped_at_the_centre_and_held_to_their_length(inputs: Inputs, tmp_path: Path):

@@ -16,7 +16,12 @@ from kinema.schema import CatalogEntry, Component
 from kinema.weights.detect import components_in, resolve_folder
 
 PARTS = {
-    "wan": {"text_encoder": "umt5-xxl", "clip_vision": "clip-vit-h", "audio_encoder": "wav2vec2"},
+    "wan": {
+        "text_encoder": "umt5-xxl",
+        "clip_vision": "clip-vit-h",
+        "audio_encoder": "wav2vec2",
+        "motion_controller": "wan2.1-speedcontrol-1.3b",
+    },
     "flux": {
         "vae": "flux-ae",
         "text_encoder": "t5-xxl",
@@ -65,10 +70,17 @@ class Chosen:
 
 
 def find_files(
-    entry: CatalogEntry, store: Store, folders: Folders, *, need: Need | None = None, given: Collection[str] = ()
+    entry: CatalogEntry,
+    store: Store,
+    folders: Folders,
+    *,
+    need: Need | None = None,
+    given: Collection[str] = (),
+    also: Collection[str] = (),
 ) -> Chosen:
     """Return the best installed files of a model, without the roles that are `given`.
 
+    also   roles that this run needs besides.
     Raises CatalogError naming what is missing and every place that was searched.
     """
     if entry.name == "demo":
@@ -82,13 +94,14 @@ def find_files(
     if models and wanted:
         best, note = _choose(entry, models, need)
         found |= {role: best.paths[role] for role in wanted}
-    for role in (role for role in needed_roles(entry) if not role.startswith("dit") and role not in given):
-        found |= _part(role, entry, store, folders, whole, need)
+    for role in (*needed_roles(entry), *also):
+        if not role.startswith("dit") and role not in given:
+            found |= _part(role, entry, store, folders, whole, need)
     if entry.family == "flux" and "dit" in found:
         held = components_in(found["dit"])
         inside = {role: found["dit"] for kind, role in INSIDE.items() if kind in held and role not in given}
         found = {**inside, **found}
-    if lacking := missing(entry, {**dict.fromkeys(given), **found}):
+    if lacking := missing(entry, {**dict.fromkeys(given), **found}, also):
         if faults:
             raise faults[0]
         partial = {path.name for path in found.values()}
@@ -115,9 +128,9 @@ def needed_roles(entry: CatalogEntry) -> list[str]:
     return needed
 
 
-def missing(entry: CatalogEntry, found: Collection[str]) -> list[str]:
-    """Return the roles without which this model cannot run, that `found` lacks."""
-    return [role for role in needed_roles(entry) if role not in found]
+def missing(entry: CatalogEntry, found: Collection[str], also: Collection[str] = ()) -> list[str]:
+    """Return the roles without which this model cannot run, and those of `also`, that `found` lacks."""
+    return [role for role in (*needed_roles(entry), *also) if role not in found]
 
 
 def demo_files() -> dict[str, Path]:

@@ -55,6 +55,7 @@ def _facts(plan: Plan) -> Table:
         "images": ", ".join(f"{image.role} {image.path}" for image in plan.images),
         "videos": ", ".join(f"{video.role} {video.path}, {video.frames} frames" for video in plan.videos),
         "camera": plan.request.camera or "",
+        "motion": f"bucket {plan.motion.bucket_id} of 0 to 100" if plan.motion else "",
         "seeds": ", ".join(map(str, plan.seeds)),
         "sampling": f"{plan.solver}, {len(plan.steps)} steps, shift {plan.shift:g}"
         + (f", boundary {plan.boundary:g}" if plan.boundary is not None else "")
@@ -103,6 +104,7 @@ def _files(plan: Plan) -> Table:
         parts = {"clip text": plan.flux.clip_text, "siglip": plan.flux.siglip, "redux": plan.flux.redux}
         refs |= {name: ref for name, ref in parts.items() if ref}
     refs |= {"audio encoder": plan.audio_encoder} if plan.audio_encoder else {}
+    refs |= {"motion controller": plan.motion.controller} if plan.motion else {}
     for name, ref in refs.items():
         files = str(ref.files[0]) + (f" and {len(ref.files) - 1} more" if len(ref.files) > 1 else "")
         table.add_row(name, _plain(files), ref.dialect, _held(ref), gigabytes(ref.bytes))

@@ -7,6 +7,7 @@ looks; a pose maps world to camera. Which move means what is planning/camera.py'
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,24 +136,49 @@ def _no_poses(path: Path, why: str) -> RequestError:
 # --- embedding -----------------------------------------------------------------------------------
 
 
-def plucker(poses: Poses, width: int, height: int, origin: Poses | None = None) -> Tensor:
-    """Return the rays of every pixel as rays_FHWC, float32 [F, height, width, 6]: moment o x d, then direction d.
+@dataclass(frozen=True)
+class Rays:
+    """The rays of every pixel of F frames, made when they are asked for: of a whole clip they are large.
 
-    origin  poses whose first frame is the world's origin; None: `poses` themselves. To embed a part of a video.
+    Iterating yields what the camera adapter reads, latent frame by latent frame: pluecker_BCHW [1, 24, height, width],
+    the four frames behind it as channels, the first frame four times over; channel 4 * c + n is component c of the
+    n-th of them.
+
+    intrinsics_F4         fx, fy, cx, cy in pixels, float32.
+    camera_to_world_F44   float32, in the camera of frame 0, where the world begins.
 
     Rays go through pixel centres; focal lengths are corrected where the picture is not 16:9.
-    Source: aigc-apps/VideoX-Fun videox_fun/data/utils.py process_pose_params (Apache-2.0).
-    Parity: tests/parity/test_camera.py.
+    Source: aigc-apps/VideoX-Fun videox_fun/data/utils.py process_pose_params and
+    videox_fun/pipeline/pipeline_wan_fun_control.py (Apache-2.0). Parity: tests/parity/test_camera.py.
     """
-    first_44 = (origin or poses).world_to_camera_F44[0]
-    camera_to_world_F44 = first_44 @ torch.linalg.inv(poses.world_to_camera_F44)
-    fx, fy, cx, cy = _in_pixels(poses.intrinsics_F4, width, height).T[:, :, None, None]
-    v_H, u_W = torch.arange(height) + 0.5, torch.arange(width) + 0.5
-    x_FHW, y_FHW = torch.broadcast_tensors((u_W[None, None] - cx) / fx, (v_H[None, :, None] - cy) / fy)
-    d_FHWC = F.normalize(torch.stack([x_FHW, y_FHW, torch.ones_like(x_FHW)], dim=-1), dim=-1)
-    d_FHWC = torch.einsum("fij,fhwj->fhwi", camera_to_world_F44[:, :3, :3], d_FHWC)
-    o_FHWC = camera_to_world_F44[:, None, None, :3, 3].expand_as(d_FHWC)
-    return torch.cat([torch.linalg.cross(o_FHWC, d_FHWC, dim=-1), d_FHWC], dim=-1).float()
+
+    intrinsics_F4: Tensor
+    camera_to_world_F44: Tensor
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, poses: Poses, width: int, height: int) -> Rays:
+        first_44, others_F44 = poses.world_to_camera_F44[0], torch.linalg.inv(poses.world_to_camera_F44)
+        intrinsics_F4 = _in_pixels(poses.intrinsics_F4, width, height)
+        return cls(intrinsics_F4.float(), (first_44 @ others_F44).float(), width, height)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(-3, len(self.intrinsics_F4), 4):
+            rays_FHWC = self.of_frames([max(frame, 0) for frame in range(start, start + 4)])
+            yield rays_FHWC.permute(3, 0, 1, 2).reshape(1, 24, self.height, self.width)
+
+    def of_frames(self, frames: Sequence[int]) -> Tensor:
+        """Return rays_FHWC [frames, height, width, 6], float32: moment o x d, then direction d."""
+        chosen, device = list(frames), self.intrinsics_F4.device
+        fx, fy, cx, cy = self.intrinsics_F4[chosen].T[:, :, None, None]
+        camera_to_world_F44 = self.camera_to_world_F44[chosen]
+        v_H, u_W = (torch.arange(side, device=device) + 0.5 for side in (self.height, self.width))
+        x_FHW, y_FHW = torch.broadcast_tensors((u_W[None, None] - cx) / fx, (v_H[None, :, None] - cy) / fy)
+        d_FHWC = F.normalize(torch.stack([x_FHW, y_FHW, torch.ones_like(x_FHW)], dim=-1), dim=-1)
+        d_FHWC = torch.einsum("fij,fhwj->fhwi", camera_to_world_F44[:, :3, :3], d_FHWC)
+        o_FHWC = camera_to_world_F44[:, None, None, :3, 3].expand_as(d_FHWC)
+        return torch.cat([torch.linalg.cross(o_FHWC, d_FHWC, dim=-1), d_FHWC], dim=-1)
 
 
 def _in_pixels(intrinsics_F4: Tensor, width: int, height: int) -> Tensor:
@@ -160,15 +186,3 @@ def _in_pixels(intrinsics_F4: Tensor, width: int, height: int) -> Tensor:
     # A stored focal length is a share of a 16:9 picture; the crop to another aspect keeps the other side whole.
     widen, heighten = (POSE_ASPECT / aspect, 1.0) if aspect < POSE_ASPECT else (1.0, aspect / POSE_ASPECT)
     return intrinsics_F4 * torch.tensor([width * widen, height * heighten, width, height], dtype=torch.float64)
-
-
-def pack_frames(rays_FHWC: Tensor) -> Tensor:
-    """Return rays_CFHW [24, (F - 1) / 4 + 1, H, W]: the four frames behind a latent frame as channels, the first
-    frame four times over; channel 4 * c + n is component c of the n-th of them.
-
-    Source: aigc-apps/VideoX-Fun videox_fun/pipeline/pipeline_wan_fun_control.py (Apache-2.0).
-    """
-    frames, height, width, _ = rays_FHWC.shape
-    assert frames % 4 == 1, "the plan makes frames 4n+1"
-    padded_FHWC = torch.cat([rays_FHWC[:1].expand(3, -1, -1, -1), rays_FHWC])
-    return padded_FHWC.view(-1, 4, height, width, 6).permute(4, 1, 0, 2, 3).reshape(24, -1, height, width)

@@ -129,6 +129,7 @@ class WanDiT(nn.Module):
             clean_frames=0 if clean is None else clean.shape[2],
             positions=conditions.positions,
             adapters=tuple((adapter, state) for adapter, state in states if state is not None),
+            motion_B6D=conditions.motion_B6D,
         )
 
     def project(
@@ -171,6 +172,8 @@ class WanDiT(nn.Module):
         grid = (tokens.shape[2], tokens.shape[3], tokens.shape[4])
         time_BRD = self.time_embedding(sinusoid(timesteps_BR, self.config.freq_dim)).float()
         modulation_BR6D = self.time_projection(time_BRD).float().unflatten(-1, (6, self.config.dim))
+        if context.motion_B6D is not None:
+            modulation_BR6D = modulation_BR6D + context.motion_B6D[:, None]
         places = range(grid[0]) if context.positions is None else context.positions
         if len(places) != grid[0]:
             raise ValueError(f"{len(places)} positions for {grid[0]} latent frames")

@@ -33,6 +33,7 @@ class Context:
     adapters       each adapter in use, with what its `prepare` made of the conditions.
     clean_frames   leading latent frames that are given, not denoised: their tokens see t = 0.
     positions      place in time of each latent frame; None: 0, 1, 2 ...
+    motion_B6D     added to the modulation of every block, whatever the timestep.
     """
 
     kv: tuple[tuple[Tensor, ...], ...]
@@ -41,6 +42,7 @@ class Context:
     clean_frames: int = 0
     positions: tuple[int, ...] | None = None
     adapters: tuple[tuple[Adapter, Any], ...] = ()
+    motion_B6D: Tensor | None = None
 
 
 @dataclass(frozen=True)

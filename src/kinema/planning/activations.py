@@ -42,6 +42,12 @@ def dit_bytes(
     return float(tokens * (branches * (side + rope) + max(rotation, residual, feed_forward)) + constant)
 
 
+def adapter_bytes(config: Config, tokens: int, dtype_bytes: int) -> float:
+    """Return bytes of what adapters make once for each branch of guidance and keep over its steps: rows of tokens."""
+    kept = {"vace": 4, "camera": dtype_bytes, "animate": 4, "speech": 4}
+    return float(tokens * config["dim"] * sum(size for name, size in kept.items() if config.get(name)))
+
+
 def ffn_pieces(config: Config, dtype_bytes: int) -> int:
     """Return into how many pieces a feed-forward has to go for its hidden rows to be no more than attention takes."""
     d, h = config["dim"], dtype_bytes

@@ -24,7 +24,7 @@ def check_media(request: Request, entry: CatalogEntry) -> None:
         value = getattr(request, field)
         if value and field not in entry.takes:
             given = value[0] if isinstance(value, tuple) else value
-            takes = ", ".join(f"--{name}" for name in entry.takes) or "text only"
+            takes = ", ".join(f"--{name.replace('_', '-')}" for name in entry.takes) or "text only"
             raise RequestError(
                 f"{entry.name} takes no {field.replace('_', ' ')}, got {given}; it takes {takes}",
                 _who_takes(field),
@@ -35,17 +35,15 @@ def check_media(request: Request, entry: CatalogEntry) -> None:
     for field in entry.needs:
         if not getattr(request, field) and not _stands_in(field, request, entry):
             what, word = NEEDED.get(field, (field, "FILE"))
+            both = bool(entry.structure.get("num_clip_positions"))
             raise RequestError(
-                f"{entry.name} needs {what}", f"pass --{field} {word}, or take another model", field=field, got=None
+                f"{entry.name} needs {what}" + (": it reads both ends through CLIP" if both else ""),
+                f"pass --{field} {word}, or take {'wan2.1-i2v-14b-720p, which takes one' if both else 'another model'}",
+                field=field,
+                got=None,
             )
-    if (request.last and not request.first) and not ({"middle", "one_frame"} & set(entry.takes)):
-        raise RequestError(
-            f"{entry.name} takes a last image only together with a first one, got only --last {request.last}",
-            "pass --first IMAGE as well",
-            field="first",
-            got=None,
-        )
     _check_video_options(request, entry)
+    _check_motion(request, entry)
 
 
 def _stands_in(field: str, request: Request, entry: CatalogEntry) -> bool:
@@ -88,6 +86,26 @@ def _check_video_options(request: Request, entry: CatalogEntry) -> None:
             field="reference",
             got=len(request.reference),
             allowed=1,
+        )
+
+
+def _check_motion(request: Request, entry: CatalogEntry) -> None:
+    """Raise for a motion controller where the model has none, and for one that is told nothing."""
+    for field in ("motion_bucket_id", "motion_controller"):
+        value = getattr(request, field)
+        if value is not None and "motion_bucket_id" not in entry.takes:
+            raise RequestError(
+                f"{entry.name} has no motion controller: --{field.replace('_', '-')} {value} means nothing to it",
+                "leave it out, or take wan2.1-t2v-1.3b, the one model it was trained for",
+                field=field,
+                got=str(value),
+            )
+    if request.motion_controller and request.motion_bucket_id is None:
+        raise RequestError(
+            f"motion_controller {request.motion_controller} is not told how much is to move",
+            "pass --motion-bucket-id, 0 (slow) to 100 (fast)",
+            field="motion_bucket_id",
+            got=None,
         )
 
 
@@ -168,6 +186,15 @@ def check_components(request: Request, entry: CatalogEntry, facts: Facts) -> Non
             got=str(request.reference[0]),
         )
     dit, text, vae = facts.files["dit"].config, facts.files["text_encoder"], facts.files["vae"]
+    motion = facts.files.get("motion_controller") if request.motion_bucket_id is not None else None
+    if motion and motion.config.get("dim") != dit.get("dim"):
+        raise CheckpointError(
+            f"{motion.path} moves a DiT {motion.config.get('dim')} wide; {facts.files['dit'].path} is {dit.get('dim')}",
+            "take the motion controller that belongs to the model",
+            path=str(motion.path),
+            expected=dit.get("dim"),
+            found=motion.config.get("dim"),
+        )
     if text.config.get("dim") != dit.get("text_dim"):
         raise CheckpointError(
             f"{text.path} gives text rows of {text.config.get('dim')}, the DiT takes {dit.get('text_dim')}",

@@ -112,6 +112,8 @@ def stages(plan: Plan) -> dict[str, list[tuple[ModelRef, float]]]:
     found = {"encode text": [(plan.text_encoder, _text(plan))]}
     if plan.flux is not None:
         found["encode text"].append((plan.flux.clip_text, 0.0))
+    if plan.motion is not None:
+        found["encode text"].append((plan.motion.controller, 0.0))
     if encodes(plan):
         clip = [(plan.clip_vision, activations.clip_bytes(plan.clip_vision.config))] if plan.clip_vision else []
         found["encode images"] = [*clip, (plan.vae, _vae(plan, decoder=False))]
@@ -231,6 +233,7 @@ def _dit(plan: Plan, ref: ModelRef) -> float:
     taken = activations.dit_bytes(
         ref.config, _tokens(plan, ref), rows, BYTES[ref.dtype], branches=2 if together else 1, ffn_tokens=ref.ffn_tokens
     )
+    taken += (2 if both else 1) * activations.adapter_bytes(ref.config, _tokens(plan, ref), BYTES[ref.dtype])
     return taken * _workspace(plan) + unpacking_bytes(ref, ref.ffn_tokens or _tokens(plan, ref))
 
 

@@ -44,6 +44,7 @@ from kinema.schema import (
     ImagePlan,
     Machine,
     ModelRef,
+    MotionPlan,
     Note,
     Plan,
     PlanStep,
@@ -113,6 +114,7 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         loras=loras.reports,
         preset=loras.preset.name if loras.preset else None,
         audio_encoder=_ref(facts.files["audio_encoder"], facts.machine, "float32") if driven else None,
+        motion=_motion(request, facts),
         prompt=prompt,
         negative=negative,
         text_len=entry.text_len,
@@ -354,6 +356,13 @@ def _clip(entry: CatalogEntry, facts: Facts, precision: Precision) -> ModelRef |
         return None
     on_gpu = facts.machine.device != "cpu" and precision == "fast"
     return _ref(facts.files["clip_vision"], facts.machine, "float16" if on_gpu else "float32")
+
+
+def _motion(request: Request, facts: Facts) -> MotionPlan | None:
+    if request.motion_bucket_id is None:
+        return None
+    controller = _ref(facts.files["motion_controller"], facts.machine, "float32")
+    return MotionPlan(controller=controller, bucket_id=request.motion_bucket_id)
 
 
 def _ref(

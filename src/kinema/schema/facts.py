@@ -103,7 +103,7 @@ def calibration_key(stage: str, work: float) -> str:
 class Facts(Frozen):
     """Everything a plan depends on besides the request and the catalog.
 
-    files     by role: dit, dit_high, vae, text_encoder, clip_vision, audio_encoder.
+    files     by role: dit, dit_high, vae, text_encoder, clip_vision, audio_encoder, motion_controller.
     loras     in the order of `Request.lora`; known_loras: the published ones, by name.
     media     by Request field, in order where a field takes several.
     notes     what was decided while looking: which of several installed files is used.
@@ -129,9 +129,8 @@ class CatalogEntry(Frozen):
 
     structure    fields of the DiT's configuration that its header must show; true for an adapter it must have,
                  "optional" for one that only some of its files have.
-    takes, needs Request fields of media the model accepts, and those it cannot do without.
+    takes, needs Request fields the model accepts, of media and of what only some have, and those it cannot do without.
     first_frame  "concat": mask and image are extra channels; "overwrite": the clean latent replaces the noise.
-    no_image     what a concat model does without an image: zeros in those channels, or a refusal.
     sizes        width x height it was trained on; image_sizes more of them for single frames.
     kontext      reference images become tokens beside those of the picture.
     redux        reference images become rows beside those of the text.
@@ -154,7 +153,6 @@ class CatalogEntry(Frozen):
     takes: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     first_frame: Literal["concat", "overwrite"] = "concat"
-    no_image: Literal["zeros", "refuse"] = "refuse"
     size: tuple[int, int]
     sizes: tuple[tuple[int, int], ...] = ()
     image_sizes: tuple[tuple[int, int], ...] = ()

@@ -232,6 +232,13 @@ class FluxPlan(Frozen):
     redux: ModelRef | None = None
 
 
+class MotionPlan(Frozen):
+    """How much is to move: what a motion controller adds to the modulation of every block, at every step."""
+
+    controller: ModelRef
+    bucket_id: int
+
+
 class Limits(Frozen):
     """Memory in bytes a run stays within, on the device and on the host; 0: unknown. On a CPU they are one.
 
@@ -268,6 +275,7 @@ class Plan(Frozen):
     text_encoder: ModelRef
     clip_vision: ModelRef | None = None
     audio_encoder: ModelRef | None = None
+    motion: MotionPlan | None = None
     loras: tuple[LoraPlan, ...] = ()
     preset: str | None = None
     prompt: str
@@ -325,7 +333,7 @@ class Plan(Frozen):
     @property
     def files(self) -> tuple[Path, ...]:
         """Every file the result depends on: weights, tokenizer, input images and sound."""
-        encoders = (self.text_encoder, self.clip_vision, self.audio_encoder)
+        encoders = (self.text_encoder, self.clip_vision, self.audio_encoder, self.motion and self.motion.controller)
         refs = [ref for ref in (*self.experts.values(), self.vae, *encoders) if ref]
         weights = [file for ref in refs for file in ref.files]
         loras = [lora.path for ref in refs for lora in ref.loras]

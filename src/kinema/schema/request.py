@@ -71,6 +71,7 @@ class Request(Frozen):
     text_encoder: Path | None = _field("model", "umT5 file or folder.")
     clip_vision: Path | None = _field("model", "CLIP vision file or folder.")
     audio_encoder: Path | None = _field("model", "wav2vec2 file or folder, of speech-driven models.")
+    motion_controller: Path | None = _field("model", "Motion controller of Wan 2.1 T2V 1.3B, for a motion_bucket_id.")
     tokenizer: Path | None = _field(
         "model", "Folder or file of the umT5 or T5 tokenizer (spiece.model, tokenizer.json)."
     )
@@ -140,6 +141,12 @@ class Request(Frozen):
     guidance_high: float | None = _field("sampling", "Guidance scale of the high-noise expert.", ge=0)
     true_guidance: float | None = _field(
         "sampling", "Guidance of FLUX by a second pass over the negative prompt; 1 (default) makes none.", ge=0
+    )
+    motion_bucket_id: int | None = _field(
+        "sampling",
+        "How much moves, 0 (slow) to 100 (fast), by the motion controller of Wan 2.1 T2V 1.3B.",
+        ge=0,
+        le=100,
     )
     control_scale: float | None = _field("sampling", "Weight of VACE's control; 1 is as trained.", ge=0, le=10)
     boundary: float | None = _field("sampling", "Switch of experts as a share of 1000 timesteps.", ge=0, le=1)

@@ -18,6 +18,7 @@ Component = Literal[
     "text_encoder",
     "clip_vision",
     "audio_encoder",
+    "motion_controller",
     "flux_dit",
     "flux_vae",
     "t5",

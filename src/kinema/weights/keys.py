@@ -246,6 +246,7 @@ DIT_MARKS = ("head.modulation", "blocks.0.self_attn.q.weight")
 
 DIALECTS = (
     Dialect("dit", "official", DIT_MARKS),
+    Dialect("dit", "official", DIT_MARKS, prefix="model."),
     Dialect("dit", "comfyui", DIT_MARKS, prefix="model.diffusion_model."),
     Dialect("dit", "comfyui", DIT_MARKS, prefix="diffusion_model."),
     Dialect(
@@ -306,6 +307,7 @@ DIALECTS = (
     ),
     Dialect("audio_encoder", "transformers", WAV2VEC2_MARKS, WAV2VEC2_POSITIONS, "wav2vec2.", WAV2VEC2_UNUSED),
     Dialect("audio_encoder", "transformers", WAV2VEC2_MARKS, WAV2VEC2_POSITIONS, ignore=WAV2VEC2_UNUSED),
+    Dialect("motion_controller", "diffsynth", ("linear.0.weight", "linear.2.weight", "linear.4.weight")),
     *FLUX_DIALECTS,
 )
 

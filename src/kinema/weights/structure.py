@@ -17,6 +17,7 @@ from torch import nn
 
 from kinema.errors import CheckpointError, KinemaError
 from kinema.models import flux, wan
+from kinema.models.adapters.speed import MotionController, MotionControllerConfig
 from kinema.models.clip_text import ClipText, ClipTextConfig
 from kinema.models.encoders import UMT5, ClipVision, ClipVisionConfig, TextEncoderConfig
 from kinema.models.flux import FluxConfig, FluxDiT
@@ -269,6 +270,10 @@ def audio_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def motion_config(shapes: Shapes) -> dict[str, Any]:
+    return {"freq_dim": shapes.axis("linear.0.weight", 1), "dim": shapes.axis("linear.0.weight", 0)}
+
+
 def flux_config(shapes: Shapes) -> dict[str, Any]:
     config = {
         "dim": shapes.axis("img_in.weight", 0),
@@ -369,6 +374,10 @@ def describe_audio(config: Mapping[str, Any]) -> str:
     return f"wav2vec2 encoder {config['num_layers']} layers, {config['dim']} wide"
 
 
+def describe_motion(config: Mapping[str, Any]) -> str:
+    return f"motion controller of a DiT {config['dim']} wide"
+
+
 def describe_flux(config: Mapping[str, Any]) -> str:
     blocks = f"{config['num_double']} double and {config['num_single']} single blocks, {config['dim']} wide"
     guidance = "guidance as an input" if config["has_guidance"] else "no guidance input"
@@ -401,6 +410,7 @@ WHAT: dict[Component, str] = {
     "text_encoder": "a umT5 text encoder",
     "clip_vision": "a CLIP vision encoder",
     "audio_encoder": "a wav2vec2 audio encoder",
+    "motion_controller": "a motion controller",
     "flux_dit": "a FLUX.1 transformer",
     "flux_vae": "a FLUX.1 autoencoder",
     "t5": "a T5 text encoder",
@@ -433,6 +443,7 @@ MODELS: dict[Component, Model] = {
     "text_encoder": Model(text_config, TextEncoderConfig, UMT5, describe_text),
     "clip_vision": Model(clip_config, ClipVisionConfig, ClipVision, describe_clip),
     "audio_encoder": Model(audio_config, Wav2VecConfig, Wav2Vec, describe_audio),
+    "motion_controller": Model(motion_config, MotionControllerConfig, MotionController, describe_motion),
     "flux_dit": Model(flux_config, FluxConfig, FluxDiT, describe_flux),
     "flux_vae": Model(flux_vae_config, FluxVAEConfig, FluxVAE, describe_flux_vae),
     "t5": Model(t5_config, TextEncoderConfig, UMT5, describe_t5),
@@ -446,6 +457,8 @@ MODELS: dict[Component, Model] = {
 
 VARIANTS = (
     (r"(audio_proj|.*audio_cross_attn).*", "an audio-driven Wan (HuMo, FantasyTalking, InfiniteTalk)"),
+    (r"music_(encoder|projection|injector)\..+", "Wan-Dancer"),
+    (r".*_mot_ref.*", "Video-As-Prompt"),
     (r"first_stage_model\..+|vae\..+|text_encoders\..+|cond_stage_model\..+", "an all-in-one checkpoint"),
 )
 """Leftover names that give a model away which is not read yet. Source: the key tables of each model's code."""
@@ -492,7 +505,8 @@ def check(shapes: Shapes, module: nn.Module) -> None:
         if any(re.fullmatch(pattern, name) for name in bare):
             raise shapes.error(
                 f"it seems to be {variant}, which is not read yet; {_some(leftover)} belong to no part that is known",
-                "Known are Wan 2.1 and 2.2 text and image to video, first-last frame, TI2V, VACE and Fun models.",
+                "Known are Wan 2.1 and 2.2 text and image to video, first-last frame, TI2V, VACE, Fun, S2V and Animate. "
+                "docs/support.md says why others are not.",
                 found=variant,
                 keys=leftover[:10],
             )

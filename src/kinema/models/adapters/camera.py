@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ class ResidualBlock(nn.Module):
 
 
 class CameraEmbedding(nn.Module):
-    """Turn Pluecker coordinates of every pixel into one row a token, latent frame by latent frame."""
+    """Turn Pluecker coordinates of every pixel into one row a token."""
 
     def __init__(self, config: CameraConfig, dim: int) -> None:
         super().__init__()
@@ -41,12 +42,11 @@ class CameraEmbedding(nn.Module):
         self.conv = nn.Conv2d(config.in_channels * config.downscale**2, dim, kernel_size=PATCH[1:], stride=PATCH[1:])
         self.residual_blocks = nn.Sequential(ResidualBlock(dim))
 
-    def forward(self, camera_BCFHW: Tensor) -> Tensor:
-        """Return rows [B, L, D] of a camera path [B, 24, F, H, W]."""
-        batch = camera_BCFHW.shape[0]
-        frames = camera_BCFHW.transpose(1, 2).flatten(0, 1).to(self.conv.weight.dtype)
-        cells: Tensor = self.residual_blocks(self.conv(F.pixel_unshuffle(frames, self.downscale)))
-        return cells.flatten(2).transpose(1, 2).reshape(batch, -1, cells.shape[1])
+    def forward(self, pluecker_BCHW: Tensor) -> Tensor:
+        """Return rows [B, tokens, D] of one latent frame [B, 24, H, W], in the dtype of the weights."""
+        pixels_BCHW = pluecker_BCHW.to(self.conv.weight.dtype)
+        cells: Tensor = self.residual_blocks(self.conv(F.pixel_unshuffle(pixels_BCHW, self.downscale)))
+        return cells.flatten(2).transpose(1, 2)
 
 
 class Camera(Adapter):
@@ -58,8 +58,7 @@ class Camera(Adapter):
     def prepare(self, model: WanDiT, conditions: Conditions) -> Tensor | None:
         if conditions.camera is None:
             return None
-        rows_BLD: Tensor = self.control_adapter(conditions.camera.pluecker_BCFHW)
-        return rows_BLD.float()
+        return torch.cat([self.control_adapter(frame_BCHW) for frame_BCHW in conditions.camera.frames], dim=1)
 
     def embed(self, model: WanDiT, stream: Stream, state: Tensor) -> Stream:
         if state.shape[1] != stream.tokens_BLD.shape[1]:
