@@ -131,14 +131,42 @@ def test_a_frame_may_be_given_anywhere(tiny_world: TinyWorld, tmp_path: Path) ->
     assert torch.allclose(concat[:, 4:], vae.encode(video), atol=1e-5)
 
 
+@pytest.mark.parametrize("model", ["tiny-i2v-two", "tiny-clip"])
 @pytest.mark.parametrize("given", [("last",), ("first", "middle", "last"), ("middle",)])
 def test_any_of_first_middle_and_last_makes_a_video(
-    given: tuple[str, ...], tiny_world: TinyWorld, tmp_path: Path
+    given: tuple[str, ...], model: str, tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
     image = picture(tmp_path / "a.png", SIDE, SIDE)
-    result = made(tiny_world, "tiny-i2v-two", tmp_path, size="32x32", **dict.fromkeys(given, image))
+    result = made(tiny_world, model, tmp_path, size="32x32", **dict.fromkeys(given, image))
     assert probe(result.paths[0]).frames == 5
     assert {image.role for image in result.plan.images} == set(given)
+    assert [image.role for image in result.plan.images if image.clip] == ([given[0]] if model == "tiny-clip" else [])
+    assert any(note.about == "last" for note in result.plan.notes) == (given == ("last",))
+
+
+def test_a_last_image_alone_is_what_the_channels_know(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    plan = planned(tiny_world, "tiny-clip", tmp_path, last=picture(tmp_path / "a.png", SIDE, SIDE), size="32x32")
+    models = Residents()
+    conditions = media_conditions(plan, models.get)
+    assert conditions.concat_BCFhw is not None and conditions.clip_BVD is not None
+    assert conditions.concat_BCFhw[0, :4, :, 0, 0].nonzero().tolist() == [[3, 1]], "the last of its latent frame"
+    video = torch.zeros(1, 3, 5, SIDE, SIDE)
+    video[0, :, 4] = to_video_range(read_image(tmp_path / "a.png")[0])
+    vae: Any = models.get(plan.vae)
+    assert torch.allclose(conditions.concat_BCFhw[:, 4:], vae.encode(video), atol=1e-5)
+    assert conditions.clip_BVD.abs().max() > 0
+    inpaint = planned(tiny_world, "tiny-inp", tmp_path, last=tmp_path / "a.png", size="32x32")
+    told = media_conditions(inpaint, models.get).clip_BVD
+    assert told is not None and told.abs().max() == 0, "Fun models see zeros where nothing is first"
+
+
+def test_a_model_that_reads_both_ends_says_so(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    image = picture(tmp_path / "a.png", SIDE, SIDE)
+    for given, word in (("last", "frame 0"), ("first", "the last frame")):
+        with pytest.raises(RequestError, match=f"an image for {word}: it reads both ends through CLIP"):
+            planned(tiny_world, "tiny-flf", tmp_path, **{given: image})
+    with pytest.raises(RequestError, match="makes one picture: last"):
+        one_frame(tiny_world, tmp_path, last=image)
 
 
 def test_a_clip_as_first_image_goes_on_from_its_last_frame(movie: Path, tiny_world: TinyWorld, tmp_path: Path) -> None:
@@ -241,7 +269,7 @@ def test_one_frame_makes_a_picture(model: str, tiny_world: TinyWorld, tmp_path: 
         ("tiny-i2v-two", {"middle": ["IMAGE@4"]}, "not between"),
         ("tiny-i2v-two", {"middle": ["IMAGE@2", "IMAGE"]}, "frame 2 is taken already"),
         ("tiny-i2v-two", {"middle": ["nowhere.png@2"]}, "no such file"),
-        ("tiny-clip", {"middle": ["IMAGE"], "first": "IMAGE"}, "takes no middle"),
+        ("tiny-ti2v", {"middle": ["IMAGE"], "first": "IMAGE"}, "takes no middle"),
         ("tiny-clip", {"one_frame": "target_index=1"}, "needs target_index and control_index"),
         ("tiny-clip", {"one_frame": "target_index=1,control_index=0"}, "1 control times (0) for 0 control images"),
         (

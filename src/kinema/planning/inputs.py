@@ -55,7 +55,7 @@ def makes_its_own(entry: CatalogEntry) -> bool:
 def plan_images(
     request: Request, entry: CatalogEntry, facts: Facts, size: tuple[int, int], frames: int, notes: list[Note]
 ) -> tuple[ImagePlan, ...]:
-    plans = []
+    plans: list[ImagePlan] = []
     if request.one_frame:
         return _control_images(entry, facts, size, notes)
     for role in ("first", "last"):
@@ -80,20 +80,27 @@ def plan_images(
     plans += _middle_images(request, facts, size, frames, notes)
     if not makes_its_own(entry):
         plans += [_reference(entry, media, size, notes) for media in facts.media.get("reference", ())]
-    seen = _seen_by_clip(entry, [plan.role for plan in plans])
-    return tuple(plan.model_copy(update={"clip": plan.role in seen}) for plan in plans)
+    if request.last and not request.first and "mask" not in entry.takes:
+        notes.append(
+            Note(about="last", text=f"no first image: the released code of {entry.name} always gives its model one")
+        )
+    seen = _seen_by_clip(entry, plans)
+    return tuple(plan.model_copy(update={"clip": plan in seen}) for plan in plans)
 
 
-def _seen_by_clip(entry: CatalogEntry, roles: Sequence[str]) -> Sequence[str]:
-    """Roles of the images whose CLIP tokens are seen: both of a first-last-frame model; else of a reference, or first.
+def _seen_by_clip(entry: CatalogEntry, plans: Sequence[ImagePlan]) -> Sequence[ImagePlan]:
+    """Images whose CLIP tokens are seen: both of a first-last-frame model; else the one that is most like a first.
 
+    Fun models were trained on zeros where there is no reference and no first image; an image-to-video model never was,
+    and sees the last or middle one then.
     Source: Wan-Video/Wan2.1 wan; aigc-apps/VideoX-Fun examples/wan2.1_fun (Apache-2.0).
     """
     if not entry.structure.get("has_clip_tokens"):
         return ()
     if entry.structure.get("num_clip_positions"):
-        return ("first", "last")
-    return [role for role in ("reference", "first", "last") if role in roles][:1]
+        return [plan for plan in plans if plan.role in ("first", "last")]
+    order = ("first", "last", "middle") if "first" in entry.needs else ("reference", "first")
+    return sorted((plan for plan in plans if plan.role in order), key=lambda plan: order.index(plan.role))[:1]
 
 
 def _reference(entry: CatalogEntry, media: MediaFacts, size: tuple[int, int], notes: list[Note]) -> ImagePlan:

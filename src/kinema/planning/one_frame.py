@@ -26,6 +26,10 @@ def plan_one_frame(request: Request, entry: CatalogEntry, notes: list[Note]) -> 
                 given = getattr(request, field)[0]
                 raise _refuse(f"{field.replace('_', ' ')} {given} belongs to one-frame inference", HINT, field, given)
         return None
+    for field in ("middle",) if entry.structure.get("num_clip_positions") else ("middle", "last"):
+        if getattr(request, field):
+            message = f"one-frame inference makes one picture: {field} {getattr(request, field)} is no frame of it"
+            raise _refuse(message, "pass it as --control-image, with its time in control_index", field, field)
     target, controls = parse_one_frame(request.one_frame)
     images, masks = len(request.control_image), len(request.control_mask)
     if images != len(controls):
