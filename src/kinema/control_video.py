@@ -172,15 +172,14 @@ def _scribble(options: ControlOptions, device: str, models: Iterable[Path]) -> P
 def _depth(options: ControlOptions, device: str, models: Iterable[Path]) -> Picture:
     from kinema.models.depth import Depth
 
-    places = [options.weights] if options.weights else [
-        place / name for root in models for place in (root / "depth", root) for name in DEPTH_FOLDERS
-    ]  # fmt: skip
+    inside = [Path(folder, name) for name in DEPTH_FOLDERS for folder in ("depth", "depth-anything", "")]
+    places = [options.weights] if options.weights else [root / place for root in models for place in inside]
     folder = next((place for place in places if (place / "config.json").is_file()), None)
     if folder is None:
         searched = ", ".join(map(str, places if options.weights else models)) or "no folder"
         raise CatalogError(
             f"depth needs a Depth Anything V2 model; none lies in {searched}",
-            f"fetch the folder of {DEPTH_SOURCE} and pass it: --weights FOLDER",
+            f"type: kinema models pull hf:{DEPTH_SOURCE}, or pass a folder of it: --weights FOLDER",
             name=DEPTH_SOURCE,
         )
     return Depth(folder, device)

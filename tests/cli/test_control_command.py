@@ -71,7 +71,11 @@ def test_depth_from_python_and_the_command_line(cli: Cli, clip: Path, tmp_path: 
     path = kinema.control("depth", clip, save="a.mp4", frames=2, weights=folder)
     assert path == Path("a.mp4") and probe(path).frames == 2
     assert cli("control", "depth", clip, "--frames", "2", "--weights", folder, "--save", "b.mp4").code == 0
-    assert torch.equal(torch.stack(list(read_video("a.mp4"))), torch.stack(list(read_video("b.mp4"))))
+    pulled = tmp_path / "models/depth-anything/Depth-Anything-V2-Small-hf"
+    small_depth_model(pulled)
+    assert cli("control", "depth", clip, "--frames", "2", "--models-dir", tmp_path / "models", "-o", "c.mp4").code == 0
+    a, b, c = (torch.stack(list(read_video(name))) for name in ("a.mp4", "b.mp4", "c.mp4"))
+    assert torch.equal(a, b) and torch.equal(a, c)
 
 
 @pytest.mark.parametrize(
