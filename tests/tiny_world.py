@@ -84,18 +84,19 @@ files.dit_high = ["diffusion_models/{}_high.safetensors"]
 CONTROL = 'takes = {}\nneeds = ["control"]\nby_area = true\n'
 CAMERA = 'takes = {}\nneeds = ["camera"]\nby_area = true\n'
 FIRST = 'needs = ["first"]\nby_area = true\n'
+SPEED = 'files.motion_controller = ["speed/tiny.safetensors"]\n'
 ONE_FRAME = '"one_frame", "control_image", "control_mask"'
+VACE = 'takes = ["control", "video", "mask", "reference", "first", "middle", "last"]\nby_area = true\n'
 INPAINT = 'takes = ["first", "middle", "last", "video", "mask"]\n'
 NEEDS = {
-    "tiny-t2v": ("t2v", 'takes = ["video"]\n'),
+    "tiny-t2v": ("t2v", 'takes = ["video", "motion_bucket_id"]\n' + SPEED),
     "tiny-t2v-two": ("t2v", TWO.format("t2v")),
     "tiny-i2v-two": ("i2v", f'takes = ["first", "middle", "last"]\n{FIRST}' + TWO.format("i2v")),
-    "tiny-clip": ("clip", f'takes = ["first", {ONE_FRAME}]\n{FIRST}'),
+    "tiny-clip": ("clip", f'takes = ["first", "middle", "last", {ONE_FRAME}]\n{FIRST}'),
     "tiny-flf": ("flf", f'takes = ["first", "last", {ONE_FRAME}]\nneeds = ["first", "last"]\nby_area = true\n'),
     "tiny-ti2v": ("ti2v", 'takes = ["first", "video"]\nfirst_frame = "overwrite"\nby_area = true\n'),
-    "tiny-vace": (
-        "vace", 'takes = ["control", "video", "mask", "reference", "first", "middle", "last"]\nby_area = true\n'
-    ),
+    "tiny-vace": ("vace", VACE),
+    "tiny-vace-two": ("vace", VACE + TWO.format("vace")),
     "tiny-inp": ("clip", INPAINT + 'by_area = true\n'),
     "tiny-inp-two": ("i2v", INPAINT + 'by_area = true\n' + TWO.format("i2v")),
     "tiny-control21": (
@@ -103,8 +104,12 @@ NEEDS = {
     ),
     "tiny-control21ref": ("control21ref", CONTROL.format('["control", "first", "reference"]')),
     "tiny-control22": ("control22", CONTROL.format('["control", "first", "last", "reference"]')),
+    "tiny-control22-two": (
+        "control22", CONTROL.format('["control", "first", "last", "reference"]') + TWO.format("control22")
+    ),
     "tiny-camera21": ("camera21", CAMERA.format('["camera", "first"]')),
     "tiny-camera22": ("camera22", CAMERA.format('["camera", "first", "last"]')),
+    "tiny-camera22-two": ("camera22", CAMERA.format('["camera", "first", "last"]') + TWO.format("camera22")),
     "tiny-inp5": ("inp5", INPAINT + 'first_frame = "overwrite"\nby_area = true\n'),
     "tiny-control5": (
         "control5", CONTROL.format('["control", "first", "reference"]') + 'first_frame = "overwrite"\n'
@@ -138,11 +143,12 @@ def build(root: Path) -> TinyWorld:
     """Write every file of the tiny world under `root`."""
     for kind, config in DITS.items():
         write(root / f"diffusion_models/{kind}.safetensors", official_state("dit", config, salt=11))
-    for kind in ("t2v", "i2v"):
+    for kind in ("t2v", "i2v", "vace", "control22", "camera22"):
         write(root / f"diffusion_models/{kind}_high.safetensors", official_state("dit", DITS[kind], salt=21))
     write(root / "vae/tiny_vae.safetensors", official_state("vae"))
     write(root / "vae/tiny_vae22.safetensors", official_state("vae", TINY_VAE22))
     write(root / "clip_vision/tiny_clip.safetensors", official_state("clip_vision"))
+    write(root / "speed/tiny.safetensors", official_state("motion_controller"))
     text = official_state("text_encoder")
     text["spiece_model"] = torch.from_numpy(np.frombuffer(spiece_model(), np.uint8).copy())
     write(root / "text_encoders/tiny_umt5.safetensors", text)

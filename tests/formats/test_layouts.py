@@ -299,6 +299,8 @@ def test_an_official_file_of_65_gigabytes_maps_on_a_small_machine(tmp_path: Path
 UNREAD = {
     "audio_proj.proj1.weight": "an audio-driven Wan",
     "blocks.0.audio_cross_attn.q.weight": "an audio-driven Wan",
+    "music_encoder.0.linear1.weight": "Wan-Dancer",
+    "blocks.0.attn1_mot_ref.to_q.weight": "Video-As-Prompt",
     "first_stage_model.conv1.weight": "an all-in-one checkpoint",
 }
 
@@ -312,16 +314,16 @@ def test_variants_that_are_not_read_are_named_with_their_keys(tmp_path: Path, na
     assert caught.value.details["keys"] == [prefix + name]
 
 
-FOREIGN = {}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_other_models_are_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"probably .*{FOREIGN[name]}"):
-        inspect(write_sparse(tmp_path / "a.safetensors", manifest(name)))
+def test_a_model_saved_inside_of_another_module_is_read(tmp_path: Path) -> None:
+    """As krea-realtime-video is. Source: DiffSynth-Studio's converter, which takes `model.` off."""
+    shapes = manifest("wan2.1_t2v_14B")
+    bare = inspect(write_sparse(tmp_path / "a.safetensors", shapes))
+    inside = inspect(write_sparse(tmp_path / "b.safetensors", {f"model.{key}": shape for key, shape in shapes.items()}))
+    assert (inside.component, inside.config, inside.parameters) == ("dit", bare.config, bare.parameters)
 
 
 OTHERS = {
+    "blocks.0.cross_attn.kv_linear.weight": "a LongCat-Video transformer",
     "diffusion_model.blocks.0.self_attn.q.lora_A.weight": "is a LoRA, not a model",
     "lora_unet_blocks_0_self_attn_q.lora_down.weight": "is a LoRA, not a model",
     "model.diffusion_model.input_blocks.0.0.weight": "Stable Diffusion UNet",

@@ -15,6 +15,7 @@ FOREIGN = (
     (r".*\.(lora_A|lora_B|lora_down|lora_up|lora_a|lora_b)(\..+)?|lora_(unet|te).*|.*\.diff(_b|_m)?", "a LoRA"),
     (r".*(hada_w1_a|lokr_w1|lokr_w2).*", "a LoHa or LoKr adapter"),
     (r"(model\.diffusion_model\.)?double_blocks\.0\.img_attn\.qkv\.weight", "a HunyuanVideo transformer"),
+    (r"blocks\.0\.cross_attn\.kv_linear\.weight", "a LongCat-Video transformer"),
     (r"single_transformer_blocks\.0\..+", "a FLUX transformer in diffusers names"),
     (r"(model\.diffusion_model\.)?joint_blocks\.0\..+", "a Stable Diffusion 3 transformer"),
     (r"(model\.diffusion_model\.)?input_blocks\.0\..+|down_blocks\.0\.attentions\..+", "a Stable Diffusion UNet"),
