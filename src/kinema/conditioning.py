@@ -41,14 +41,16 @@ def media_conditions(plan: Plan, load: Callable[[ModelRef], nn.Module]) -> Condi
         return Conditions((), clip, channels_BCFhw, positions=plan.one_frame.positions)
     canvas = Canvas.of(plan) if adapters.get("vace") or plan.concat else None
     concat, clean = _channels(plan, canvas, encode)
-    motion = plan.motion and cast(MotionController, load(plan.motion.controller))(plan.motion.bucket_id)
+    motion_B6D = None
+    if plan.motion is not None:
+        motion_B6D = cast(MotionController, load(plan.motion.controller))(plan.motion.bucket_id)
     return Conditions(
         (),
         clip,
         concat,
         clean,
         source_BCFhw=_source_latents(plan, encode),
-        motion_B6D=motion,
+        motion_B6D=motion_B6D,
         vace=_vace(plan, cast(Canvas, canvas), encode) if adapters.get("vace") else None,
         camera=CameraConditions(Rays.of(camera_poses(plan.camera), plan.width, plan.height)) if plan.camera else None,
         reference=_reference(plan, encode) if adapters.get("reference") else None,

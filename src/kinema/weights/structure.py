@@ -505,7 +505,7 @@ def check(shapes: Shapes, module: nn.Module) -> None:
         if any(re.fullmatch(pattern, name) for name in bare):
             raise shapes.error(
                 f"it seems to be {variant}, which is not read yet; {_some(leftover)} belong to no part that is known",
-                "Known are Wan 2.1 and 2.2 text and image to video, first-last frame, TI2V, VACE, Fun, S2V and Animate. "
+                "Known are Wan 2.1 and 2.2 text and image to video, first-last frame, TI2V, VACE, Fun, S2V, Animate; "
                 "docs/support.md says why others are not.",
                 found=variant,
                 keys=leftover[:10],

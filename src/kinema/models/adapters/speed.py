@@ -43,7 +43,6 @@ class MotionController(nn.Module):
 
         bucket_id   0 (slow) to 100 (fast).
         """
-        device = self.linear[0].weight.device
-        told = torch.tensor([float(TIMESTEPS_PER_BUCKET * bucket_id)], device=device)
+        told = torch.tensor([float(TIMESTEPS_PER_BUCKET * bucket_id)], device=next(self.parameters()).device)
         rows: Tensor = self.linear(sinusoid(told, self.config.freq_dim))
         return rows.float().unflatten(-1, (6, self.config.dim))
