@@ -277,10 +277,10 @@ def spelled_parts(parameter: str, family: Family, shape: tuple[int, ...]) -> dic
     parts = [part for part, (rule, _) in _spelled(parameter, family).items() if not rule.swap]
     if len(parts) < 2:
         return dict.fromkeys(parts)
-    if MLP_PART not in parts:
-        width = shape[0] // len(parts)
-    else:
-        width = shape[1] if len(shape) > 1 else shape[0] // 7  # of a bias: FLUX's MLP is four times as wide as it
+    # The MLP is as wide as the file has it; of a bias, which does not tell, four times as wide as the rest.
+    width = shape[0] // (7 if MLP_PART in parts else len(parts))
+    if MLP_PART in parts and len(shape) > 1:
+        width = shape[1]
     return {part: (part * width, shape[0] - MLP_PART * width if part == MLP_PART else width) for part in parts}
 
 

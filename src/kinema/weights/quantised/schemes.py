@@ -105,8 +105,10 @@ def with_packed(file: TensorFile) -> TensorFile:
             _refuse(file, name, f"{said.kind} by its description and {kind} by its dtype")
         if scale is None and kind == "int8":
             _refuse(file, name, "int8 without a scale")
-        packed = StoredPacked(kind, tensor.shape, tensor, stored.get(scale or ""), said.rotation,
-                              said.weight_only or name.startswith(opted_out))  # fmt: skip
+        if isinstance(held := stored.get(scale or ""), StoredPacked):
+            _refuse(file, name, "a scale that is packed itself")
+        weight_only = said.weight_only or name.startswith(opted_out)
+        packed = StoredPacked(kind, tensor.shape, tensor, held, said.rotation, weight_only)
         _check(file, weight, packed)
         tensors[weight] = packed
     if markers and not any(isinstance(tensor, StoredPacked) for tensor in tensors.values()):
@@ -209,8 +211,6 @@ def _format(file: TensorFile, layer: str, row: Mapping[str, Any]) -> Described:
 def _check(file: TensorFile, name: str, packed: StoredPacked) -> None:
     """Refuse a weight whose scale or rotation does not fit its shape."""
     shape, scale = packed.shape, packed.scale
-    if isinstance(scale, StoredPacked):
-        _refuse(file, name, "a scale that is packed itself")
     if scale is not None:
         rows, count = scale.shape[:1] == shape[:1], math.prod(scale.shape)
         flat = len(scale.shape) < 3 or scale.shape[2:] == (1,)  # musubi-tuner's blocks have an axis of size 1 behind
