@@ -278,8 +278,11 @@ def test_what_cannot_be_converted_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         with pytest.raises(RequestError, match=words):
             run(source, tmp_path / target, to, names)
-    with pytest.raises(RequestError, match="exists"):
+    with pytest.raises(RequestError, match="is the file to convert"):
         run(source, source, "bfloat16", overwrite=True)
+    with pytest.raises(RequestError) as caught:
+        run(source, tmp_path / "b.gguf", "q8_0")
+    assert caught.value.hint == "pass --to Q8_0"
     write_gguf(tmp_path / "k.gguf", DIT_STATE, mixed("Q4_K"))
     with pytest.raises(RequestError, match="is Q4_K, which cannot stay as it is in this safetensors file"):
         run(tmp_path / "k.gguf", tmp_path / "b.safetensors")

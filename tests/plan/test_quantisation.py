@@ -51,6 +51,13 @@ def test_a_quantised_file_is_held_as_it_is_and_never_rounded_again() -> None:
         plan(MODEL, facts=facts, quantise="fp8")
 
 
+def test_rows_that_hold_no_whole_part_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(RequestError, match="of 64 weights, only of 32") as caught:
+        plan(MODEL, facts=with_files(matrix_width=32), quantise="fp8-64")
+    assert caught.value.hint == "pass --quantise fp8"
+    assert plan(MODEL, facts=with_files(matrix_width=32), quantise="fp8").experts["model"].quantisation == "fp8"
+
+
 def test_plain_fp8_is_warned_of() -> None:
     assert "rounded to fp8 as well" in notes(plan(MODEL, facts=with_files(quantisation="fp8_e4m3 plain")))
     assert "fp8" not in notes(plan(MODEL, facts=with_files(quantisation="fp8_e4m3, a scale per tensor")))

@@ -192,7 +192,7 @@ def _installed(entry: CatalogEntry, store: Store, folders: Folders) -> tuple[dic
 
 
 def _page() -> Console:
-    return Console(file=io.StringIO(), width=WIDTH, highlight=False, color_system=None, soft_wrap=False)
+    return Console(file=io.StringIO(), width=WIDTH, highlight=False, emoji=False, color_system=None, soft_wrap=False)
 
 
 def _text(console: Console) -> str:

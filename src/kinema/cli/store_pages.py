@@ -133,7 +133,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         table.add_column(column, justify="right" if column == "size" else "left")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    console = Console(file=io.StringIO(), width=WIDTH, highlight=False, color_system=None, soft_wrap=False)
+    console = Console(file=io.StringIO(), width=WIDTH, highlight=False, emoji=False, color_system=None, soft_wrap=False)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines() if line.strip())

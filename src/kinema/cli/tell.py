@@ -99,7 +99,7 @@ class TerminalTeller:
     """Bars per stage on stderr, paths of results on stdout."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
         self._bars: Bars | None = None
         self._tasks: dict[tuple[str, int | None], TaskID] = {}
 

@@ -194,7 +194,7 @@ def _report(
             unmatched=[item.name for item in unexplained],
         )
     if unexplained:
-        left_out.append(f"{len(unexplained)} parts that match nothing, as allowed: {_some(unexplained)}")
+        left_out.append(f"as allowed, {_some(unexplained)}")
     chosen = _chosen(ref, match)
     notes += [_note(ref, f"left out on {_named(expert)}: {why}") for why in left_out]
     return LoraPlan(

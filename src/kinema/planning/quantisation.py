@@ -15,7 +15,10 @@ CHUNK_BYTES = 3 * 4 * 2**22
 
 
 def quantised(ref: ModelRef, file: FileFacts, wanted: Quantise | None, field: str, notes: list[Note]) -> ModelRef:
-    """Return the recipe with its matrices held as wanted; RequestError for a file that holds them packed already."""
+    """Return the recipe with its matrices held as wanted.
+
+    Raises RequestError for a file that holds them packed already, or whose rows do not divide into the parts wanted.
+    """
     flag = "--" + field.replace("_", "-")
     if wanted is not None and file.quantisation:
         raise RequestError(
@@ -31,6 +34,14 @@ def quantised(ref: ModelRef, file: FileFacts, wanted: Quantise | None, field: st
                 Note(about=field, text=text + "a scaled fp8 or Q8_0 file of the same size is closer to the model")
             )
         return ref
+    if wanted == "fp8-64" and file.matrix_width % 64:
+        raise RequestError(
+            f"{field} {wanted}: rows of {file.path.name} do not divide into parts of 64 weights, only of "
+            f"{file.matrix_width}",
+            f"pass {flag} fp8",
+            field=field,
+            got=wanted,
+        )
     packed = round(file.matrix_parameters * BITS[wanted] / 8)
     share = file.matrix_parameters / max(1, file.parameters)
     text = f"{share:.0%} of the weights of {file.path.name} are rounded to {wanted} when loaded"

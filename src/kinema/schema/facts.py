@@ -24,6 +24,7 @@ class FileFacts(Frozen):
     quantisation       how its packed weights are stored, in words; "" for a plain file.
     packed_parameters  parameters that stay packed when it is loaded, of packed_bytes.
     matrix_parameters  parameters that may be packed when it is loaded: those of its large linear layers.
+    matrix_width        largest number that the length of every row of those divides into.
     blocks              parameters of each block, with those of the modules that run with it.
     float32_parameters  how many of the others stay float32 whatever the dtype.
     """
@@ -42,6 +43,7 @@ class FileFacts(Frozen):
     packed_parameters: int = 0
     packed_bytes: int = 0
     matrix_parameters: int = 0
+    matrix_width: int = 0
     structure: str = ""
     ignored: tuple[str, ...] = ()
     has_tokenizer: bool = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -119,15 +120,17 @@ def _format(source: Path, target: Path, to: str | None, overwrite: bool) -> Form
         raise RequestError(problem, f"write to {target.with_suffix('.safetensors')}", field="OUT", got=str(target))
     if to is not None and to not in FORMATS:
         problem = f"to {to!r} is no format; there are {', '.join(FORMATS)}"
-        raise RequestError(problem, "pass --to bfloat16", field="to", got=to, allowed=list(FORMATS))
+        near = next(iter(get_close_matches(to, FORMATS, 1)), "bfloat16")
+        raise RequestError(problem, f"pass --to {near}", field="to", got=to, allowed=list(FORMATS))
     wanted = Format(container, None) if to is None else FORMATS[to]
     if wanted.container != container:
         right = target.with_suffix(SUFFIXES[wanted.container])
         problem = f"{to} is a {wanted.container} format, and {target.name} is not named so"
         raise RequestError(problem, f"write to {right}", field="to", got=to)
-    if target.exists() and (not overwrite or target.samefile(source)):
-        hint = "name another file" if target.samefile(source) else "pass --overwrite, or name another file"
-        raise RequestError(f"{target} exists", hint, field="OUT", got=str(target))
+    if target.exists() and target.samefile(source):
+        raise RequestError(f"{target} is the file to convert", "name another file", field="OUT", got=str(target))
+    if target.exists() and not overwrite:
+        raise RequestError(f"{target} exists", "pass --overwrite, or name another file", field="OUT", got=str(target))
     return wanted
 
 

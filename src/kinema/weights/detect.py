@@ -41,7 +41,8 @@ def inspect(path: Path | str | Sequence[Path], component: Component | None = Non
     model = MODELS[translation.dialect.component]
     config = model.config(shapes)
     module = build_for(shapes, config)
-    packed, matrices = _packed(file, translation, module)
+    packed = _packed(file, translation, module)
+    matrices = [leaf for _, leaf in packable(translation.dialect.component, module) if isinstance(leaf, nn.Linear)]
     blocks, float32_parameters = _sizes(module, translation.dialect.component)
     return FileFacts(
         path=file.path,
@@ -57,7 +58,8 @@ def inspect(path: Path | str | Sequence[Path], component: Component | None = Non
         quantisation=describe(file, translation.names),
         packed_parameters=sum(math.prod(tensor.shape) for tensor in packed),
         packed_bytes=sum(tensor.bytes for tensor in packed),
-        matrix_parameters=matrices,
+        matrix_parameters=sum(leaf.weight.numel() for leaf in matrices),
+        matrix_width=math.gcd(*(leaf.in_features for leaf in matrices)),
         structure=model.describe(config),
         ignored=tuple(_counted(pattern, names) for pattern, names in translation.ignored.items()),
         has_tokenizer="spiece_model" in file or file.tokenizer is not None,
@@ -107,16 +109,15 @@ def _main_dtype(file: TensorFile, translation: Translation) -> str:
     return weight.most_common(1)[0][0]
 
 
-def _packed(file: TensorFile, translation: Translation, module: nn.Module) -> tuple[list[StoredPacked], int]:
-    """What of a file stays packed when it is loaded, and how many parameters its linear layers that could have."""
-    stored, found, matrices = file.stored(), [], 0
-    for name, leaf in packable(translation.dialect.component, module):
+def _packed(file: TensorFile, translation: Translation, module: nn.Module) -> list[StoredPacked]:
+    """What of a file stays packed when it is loaded."""
+    stored, found = file.stored(), []
+    for name, _ in packable(translation.dialect.component, module):
         if translation.stays_packed(file, name):
             tensor = stored[translation.sources[name].names[0]]
             assert isinstance(tensor, StoredPacked)
             found.append(tensor)
-        matrices += leaf.weight.numel() if isinstance(leaf, nn.Linear) else 0
-    return found, matrices
+    return found
 
 
 def _counted(pattern: str, names: Sequence[str]) -> str:

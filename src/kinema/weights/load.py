@@ -103,19 +103,8 @@ def _packed_weights(
         if stored and (packed := translation.packed(file, name)) is not None:
             yield name, packed
         elif not stored and ref.quantisation and isinstance(leaf, nn.Linear):
-            yield name, _rounded(fused(name, translation.read(file, name).to(ref.device)), ref, name)
-
-
-def _rounded(weight: Tensor, ref: ModelRef, name: str) -> Packed:
-    kind, scales = ON_LOAD[ref.quantisation]
-    if scales.isdigit() and weight.shape[1] % int(scales):
-        raise CheckpointError(
-            f"{ref.files[0]}: rows of {name} are {weight.shape[1]} wide, no multiple of {scales}",
-            f"Take --quantise fp8 instead of {ref.quantisation}.",
-            path=ref.files[0],
-            key=name,
-        )
-    return quantise(weight, kind, scales)
+            weight = fused(name, translation.read(file, name).to(ref.device))
+            yield name, quantise(weight, *ON_LOAD[ref.quantisation])
 
 
 def _left_mapped(module: nn.Module, ref: ModelRef) -> set[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -57,8 +58,9 @@ def dialect_of(name: str) -> Dialect:
     """Return the dialect called `name`; RequestError for others."""
     row = next((row for row in DIALECTS if row.name == name), None)
     if row is None:
-        known = ", ".join(row.name for row in DIALECTS)
-        raise RequestError(f"{name!r} is no dialect of LoRA; there are {known}", "pass --to comfyui",
+        known = [row.name for row in DIALECTS]
+        near = next(iter(get_close_matches(name, known, 1)), "comfyui")
+        raise RequestError(f"{name!r} is no dialect of LoRA; there are {', '.join(known)}", f"pass --to {near}",
                            field="to", got=name, allowed=known)  # fmt: skip
     return row
 
