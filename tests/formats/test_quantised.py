@@ -188,6 +188,9 @@ SPELLINGS: dict[str, tuple[Spelling, str]] = {
         "fp8_e4m3, a scale per channel",
     ),
     "int8 convrot": (convrot, "int8 rotated, a scale per channel"),
+    "ComfyUI int8": (
+        scaled(torch.int8, "weight_scale", extra=described({"format": "int8_tensorwise"})), "int8, a scale per tensor"
+    ),
     "quanto int8": (quanto, "int8, a scale per channel"),
 }  # fmt: skip
 

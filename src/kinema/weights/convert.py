@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kinema.errors import OutputError, RequestError
 from kinema.schema import Component, FileFacts, Note, Progress
@@ -27,7 +27,7 @@ from kinema.weights.quantised.packed import NUMBER_TYPES
 from kinema.weights.quantised.schemes import open_weights
 from kinema.weights.spelling import parts_of, spell
 from kinema.weights.structure import build
-from kinema.weights.writing import Written, whole_file, write_tensors
+from kinema.weights.writing import Written, in_memory, whole_file, write_tensors
 
 
 @dataclass(frozen=True)
@@ -206,10 +206,10 @@ class _Conversion:
                 written += passage.written(part, begin, end)
         # At the end: two bytes in front would put every number behind them out of line with the map.
         written += self._marker()
-        written += [_small(name, self.rows.file.get(name)) for name in self._carried()]
+        written += [in_memory(name, self.rows.file.get(name)) for name in self._carried()]
         if self.rows.file.tokenizer and self.wanted.container != "gguf":
             pieces = torch.frombuffer(bytearray(self.rows.file.tokenizer()), dtype=torch.uint8)
-            written.append(_small("spiece_model", pieces))
+            written.append(in_memory("spiece_model", pieces))
         return written
 
     def _marker(self) -> list[Written]:
@@ -227,7 +227,7 @@ class _Conversion:
         if not any(passage.scale_name == "scale_weight" or passage.weight_only for passage in packed):
             return []
         marker = torch.zeros(2 if True in opted_out else 1, dtype=torch.float8_e4m3fn)
-        return [_small(f"{self.dialect.prefix}scaled_fp8", marker)]
+        return [in_memory(f"{self.dialect.prefix}scaled_fp8", marker)]
 
     def _ignored(self) -> list[str]:
         return [name for names in self.rows.translation.ignored.values() for name in names]
@@ -263,7 +263,3 @@ class _Conversion:
         say("tokenizer", inside, "inside does not go along; pass --tokenizer later")
         say("names", [name for name in left if name != "spiece_model"], "is of no use to the model and left out")
         return tuple(found)
-
-
-def _small(name: str, tensor: Tensor) -> Written:
-    return Written(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes, lambda: iter((tensor,)))

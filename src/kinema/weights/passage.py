@@ -97,10 +97,10 @@ class Passage:
 
     @property
     def scale_name(self) -> str:
-        """What goes behind a layer's name for its scale: ComfyUI's word for one of a tensor, everybody's for others."""
+        """What goes behind a layer's name for its scale: ComfyUI's first word for one of fp8, else everybody's."""
         if (shape := self._scale_shape(1)) is None:
             return ""
-        return "weight_scale" if shape else "scale_weight"
+        return "weight_scale" if shape or self.kind == "int8" else "scale_weight"
 
     @property
     def weight_only(self) -> bool:
@@ -115,16 +115,11 @@ class Passage:
         shape = whole[rule.lead : len(whole) - rule.tail]
         middle = (begin + end) // 2
         spans = [(middle, end), (begin, middle)] if rule.swap else [(begin, end)]
-        count, kind = torch.Size(shape).numel(), NUMBER_TYPES.get(str(self.kind), self.kind)
-        block = BLOCK_TYPES.get(str(kind))
-        size = count * kind.itemsize if isinstance(kind, torch.dtype) else 0
-        size = count // block.weights * block.bytes if block else size
-        yield Written(part.name, shape, kind, size, lambda: self._chunks(spans))
+        yield Written(part.name, shape, NUMBER_TYPES.get(str(self.kind), self.kind), lambda: self._chunks(spans))
         scale_shape = self._scale_shape(end - begin)
         if scale_shape is not None:
             name = part.name.removesuffix("weight") + self.scale_name
-            size = torch.Size(scale_shape).numel() * 4
-            yield Written(name, scale_shape, torch.float32, size, self._scales)
+            yield Written(name, scale_shape, torch.float32, self._scales)
 
     def _scale_shape(self, rows: int) -> tuple[int, ...] | None:
         if self.scales == STORED:

@@ -21,6 +21,7 @@ from torch import Tensor
 from kinema.errors import OutputError
 from kinema.weights.files import DTYPES
 from kinema.weights.gguf import gguf_header
+from kinema.weights.quantised.blocks import BLOCK_TYPES
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 GGUF_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -31,15 +32,25 @@ class Written:
     """One tensor to write.
 
     kind    the dtype it is stored in, or of a GGUF file the name of its block type.
-    bytes   of all its chunks together.
     chunks  makes its contents, in order, when their turn comes.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: torch.dtype | str
-    bytes: int
     chunks: Callable[[], Iterator[Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        count = torch.Size(self.shape).numel()
+        if isinstance(self.kind, torch.dtype):
+            return count * self.kind.itemsize
+        return count // BLOCK_TYPES[self.kind].weights * BLOCK_TYPES[self.kind].bytes
+
+
+def in_memory(name: str, tensor: Tensor) -> Written:
+    """Return a tensor that is there already, to be written as it is."""
+    return Written(name, tuple(tensor.shape), tensor.dtype, lambda: iter((tensor,)))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from kinema.errors import OutputError, RequestError
 from kinema.schema import Progress
 from kinema.weights.lora.dialects import DIALECTS, Dialect, module_in, spelled_parts
 from kinema.weights.lora.file import Change, LoraFile, read_lora
-from kinema.weights.writing import Written, whole_file, write_tensors
+from kinema.weights.writing import Written, in_memory, whole_file, write_tensors
 
 PROBES = 4
 """Random inputs on which the file that was written must answer as the one it was made from."""
@@ -123,7 +123,7 @@ def _difference(lora: LoraFile, change: Change, module: str) -> Written:
     ending = DIFF_ENDINGS.get(change.target.rpartition(".")[2], ".diff")
     if (scale := lora.scale(change)) == 1:
         return _as_is(lora, change, "full", module + ending)
-    return Written(module + ending, change.shape, torch.float32, _bytes(change.shape, torch.float32),
+    return Written(module + ending, change.shape, torch.float32,
                    lambda: iter((lora.tensor(change, "full").float() * scale,)))  # fmt: skip
 
 
@@ -136,10 +136,9 @@ def _low_rank(
     if change.fused and dialect.words == "official":
         ranks = sum(lora.file.shape(part.tensors["down"])[0] for part in group)
         down, up = (ranks, change.shape[1]), (_height(change), ranks)
-        yield Written(module + dialect.down, down, torch.float32, _bytes(down, torch.float32),
+        yield Written(module + dialect.down, down, torch.float32,
                       lambda: iter((torch.cat([lora.tensor(part, "down").float() for part in group]),)))  # fmt: skip
-        yield Written(module + dialect.up, up, torch.float32, _bytes(up, torch.float32),
-                      lambda: iter((_blocks(lora, group, up),)))  # fmt: skip
+        yield Written(module + dialect.up, up, torch.float32, lambda: iter((_blocks(lora, group, up),)))
         return
     factor = 1.0 if dialect.alpha else lora.scale(change)
     # Halves and doubles are exact in any float; another scale would round the matrix once more.
@@ -155,7 +154,7 @@ def _low_rank(
     yield _as_is(lora, change, "down", module + dialect.down)
     if "mid" in change.tensors:
         yield _as_is(lora, change, "mid", f"{module}.lora_mid.weight")
-    yield Written(module + dialect.up, shape, dtype, _bytes(shape, dtype), up_matrix)
+    yield Written(module + dialect.up, shape, dtype, up_matrix)
     if dialect.alpha:
         yield from _alpha(lora, change, module)
 
@@ -165,8 +164,7 @@ def _alpha(lora: LoraFile, change: Change, module: str) -> Iterator[Written]:
     if change.algorithm == "oft" and "alpha" in change.tensors:
         yield _as_is(lora, change, "alpha", f"{module}.alpha")
     if rank and (scale != 1 or "alpha" in change.tensors):
-        alpha = torch.tensor(scale * rank)
-        yield Written(f"{module}.alpha", (), torch.float32, 4, lambda: iter((alpha,)))
+        yield in_memory(f"{module}.alpha", torch.tensor(scale * rank))
 
 
 def _magnitude(lora: LoraFile, change: Change, dialect: Dialect, module: str) -> Iterator[Written]:
@@ -178,7 +176,7 @@ def _magnitude(lora: LoraFile, change: Change, dialect: Dialect, module: str) ->
         raise _cannot(lora, dialect, f"a DoRA by column of {change.target}")
     tensor = tensor.flatten() if not dialect.more else tensor.reshape(-1, 1) if tensor.ndim == 1 else tensor
     name = module + (".dora_scale" if dialect.more else ".lora_magnitude_vector")
-    yield Written(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes, lambda: iter((tensor,)))
+    yield in_memory(name, tensor)
 
 
 def _blocks(lora: LoraFile, group: Sequence[Change], shape: tuple[int, int]) -> Tensor:
@@ -200,12 +198,7 @@ def _height(change: Change) -> int:
 
 def _as_is(lora: LoraFile, change: Change, role: str, name: str) -> Written:
     stored = change.tensors[role]
-    shape, dtype = lora.file.shape(stored), lora.file.dtype(stored)
-    return Written(name, shape, dtype, _bytes(shape, dtype), lambda: iter((lora.tensor(change, role),)))
-
-
-def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    return torch.Size(shape).numel() * dtype.itemsize
+    return Written(name, lora.file.shape(stored), lora.file.dtype(stored), lambda: iter((lora.tensor(change, role),)))
 
 
 def _is_exact(scale: float) -> bool:

@@ -107,8 +107,8 @@ def _written(
         if matrix:
             yield from _pair(module, (height, shape[1]), cut, dialect, rank, dtype)
         else:
-            ending, size = DIFF_ENDINGS.get(name.rpartition(".")[2], ".diff"), torch.Size(shape[1:]).numel() * height
-            yield Written(module + ending, (height, *shape[1:]), dtype, size * dtype.itemsize,
+            ending = DIFF_ENDINGS.get(name.rpartition(".")[2], ".diff")
+            yield Written(module + ending, (height, *shape[1:]), dtype,
                           lambda cut=cut: iter((cut().to(dtype),)))  # type: ignore[misc]  # fmt: skip
 
 
@@ -128,9 +128,8 @@ def _pair(
         found.append(up_matrix)
         yield down_matrix.to(dtype)
 
-    yield Written(module + dialect.down, (kept, shape[1]), dtype, kept * shape[1] * dtype.itemsize, down)
-    yield Written(module + dialect.up, (shape[0], kept), dtype, kept * shape[0] * dtype.itemsize,
-                  lambda: iter((found.pop().to(dtype),)))  # fmt: skip
+    yield Written(module + dialect.down, (kept, shape[1]), dtype, down)
+    yield Written(module + dialect.up, (shape[0], kept), dtype, lambda: iter((found.pop().to(dtype),)))
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
