@@ -28,7 +28,7 @@ from kinema.runtime.blocks import BlockStream, Ring
 from kinema.schema import ModelRef
 from kinema.weights.hashes import HashCache
 from kinema.weights.load import load
-from kinema.weights.lora.attach import attach, detach
+from kinema.weights.lora.attach import attach, check_effect, detach
 from kinema.weights.lora.fuse import fusion_of
 
 
@@ -111,6 +111,7 @@ class Residents:
         if isinstance(module, UMT5 | ClipVision):
             check_encoder(module, ref.files[0])
         if fused.sizes:
+            check_effect(ref.loras, fused.sizes)
             self._worn[ref] = Worn((), fused.sizes)
         return module
 

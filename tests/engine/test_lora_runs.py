@@ -213,3 +213,13 @@ def test_a_broken_lora_ends_its_own_run_alone(
         make(lora=[str(loras["kohya"]), str(broken)], **more)
     assert torch.equal(make(**more)[0], plain)
     assert torch.equal(make(lora=str(loras["kohya"]), **more)[0], with_lora)
+
+
+@pytest.mark.parametrize("mode", ["branch", "fuse"])
+def test_a_lora_that_would_do_nothing_is_refused(mode: str, make, tmp_path: Path) -> None:
+    """All zero in `up`, as it is before the first step of training: matched wholly, and without any effect."""
+    state = {n: t * (0 if "lora_B" in n else 1) for n, t in SPELLINGS["comfyui"](LORA).items()}
+    path = write(tmp_path / "x.safetensors", state)
+    with pytest.raises(CheckpointError, match="changes nothing"):
+        make(lora=str(path), lora_mode=mode)
+    assert torch.equal(make()[0], make()[0])

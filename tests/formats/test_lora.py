@@ -290,7 +290,8 @@ def test_alpha_from_pefts_own_record(model: WanDiT, shapes, tmp_path: Path) -> N
     assert {reading.scale(change) for change in reading.changes} == {2.0}
     (folder / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8, "use_rslora": true}')
     assert {read_lora(folder).scale(change) for change in reading.changes} == {4.0}
-    header = {"lora_adapter_metadata": '{"transformer.r": 4, "transformer.lora_alpha": 2}'}
+    said = '{"transformer.r": 4, "transformer.lora_alpha": 2, "text_encoder.lora_alpha": 64}'
+    header = {"lora_adapter_metadata": said}
     path = write_lora(tmp_path / "d.safetensors", "diffusers", lora, header)
     assert {read_lora(path).scale(change) for change in read_lora(path).changes} == {0.5}
 

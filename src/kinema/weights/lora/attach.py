@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from kinema.errors import CheckpointError
 from kinema.lora import LoraRef
 from kinema.models.layers import HELD_AS
 from kinema.weights.lora.branches import Branch, Difference
@@ -123,6 +124,7 @@ def attach(model: nn.Module, loras: Sequence[LoraRef], dtype: torch.dtype) -> tu
     shapes = parameter_shapes(model)
     try:
         sizes = tuple(_attach(model, read_lora(ref.path), ref, index, shapes, dtype) for index, ref in enumerate(loras))
+        check_effect(loras, sizes)
     except BaseException:
         detach(model)
         raise
@@ -140,6 +142,16 @@ def _attach(
         check_finite(lora, change, part)
         changed, total = changed + part**2, total + whole**2
     return (changed / total) ** 0.5 if total else 0.0
+
+
+def check_effect(loras: Sequence[LoraRef], sizes: Sequence[float]) -> None:
+    """Raise CheckpointError for a LoRA whose change has no size."""
+    if idle := [ref for ref, size in zip(loras, sizes, strict=True) if size == 0]:
+        raise CheckpointError(
+            f"{idle[0].path} changes nothing: its matrices, or its alpha, are zero",
+            "It was saved before it was trained; take another.",
+            path=idle[0].path,
+        )
 
 
 def check_finite(lora: LoraFile, change: Change, norm: float) -> None:

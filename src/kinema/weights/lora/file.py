@@ -337,7 +337,8 @@ def _peft_record(file: TensorFile) -> dict[str, float]:
             record = dict(json.loads(beside.read_text("utf-8")))
         else:
             written = dict(json.loads(file.metadata.get("lora_adapter_metadata", "{}")))
-            record = {key.rpartition(".")[2]: value for key, value in written.items()}
+            parts = [key for key in written if key.startswith("transformer.")] or list(written)
+            record = {key.rpartition(".")[2]: written[key] for key in parts}  # text encoders have records of their own
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{file.path}: PEFT's record of its alpha cannot be read ({error})", path=file.path
