@@ -1,7 +1,7 @@
 """The frames of a video, one at a time, upright, at the times asked for.
 
-Reads every container and codec of PyAV, animated WebP (Pillow) and folders of images. Owns time, rotation, pixel
-aspect, colour and transparency; nothing is held but the frame at hand. Resizing is the work of frames.py.
+Reads every container and codec of PyAV, animated WebP (Pillow) and folders of images. Owns time, turning and mirroring,
+pixel aspect, colour and transparency; nothing is held but the frame at hand. Resizing is the work of frames.py.
 """
 
 from __future__ import annotations
@@ -205,7 +205,21 @@ def decoded(container: av.container.InputContainer, stream: av.VideoStream) -> I
 def display_size(stream: av.VideoStream, frame: av.VideoFrame) -> tuple[int, int]:
     """Return (width, height) as players show it: square pixels, upright."""
     width = round(frame.width * (stream.sample_aspect_ratio or 1))
-    return (frame.height, width) if frame.rotation % 180 else (width, frame.height)
+    return (frame.height, width) if _turn_of(frame)[0] else (width, frame.height)
+
+
+def _turn_of(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """Whether a frame is shown with rows and columns swapped and then mirrored in x, in y: by its display matrix.
+
+    Of [a b u, c d v, x y w] the point (p, q), q downwards, goes to (a p + c q, b p + d q).
+    Source: ISO/IEC 14496-12, the matrix of a track header; angles between are taken as the nearest quarter turn.
+    """
+    found = frame.side_data.get("DISPLAYMATRIX")
+    if found is None:
+        return False, False, False
+    a, b, _, c, d, *_ = np.frombuffer(bytes(found), np.int32).tolist()
+    swapped = abs(b) + abs(c) > abs(a) + abs(d)
+    return (True, c < 0, b < 0) if swapped else (False, a < 0, d < 0)
 
 
 class _Converter:
@@ -224,7 +238,9 @@ class _Converter:
             self._graph, self._layout = self._new_graph(frame), layout
         self._graph.push(frame)
         pixels_HWC = cast(av.VideoFrame, self._graph.pull()).to_ndarray()
-        return np.ascontiguousarray(np.rot90(pixels_HWC, round(frame.rotation / 90)))
+        swapped, mirror_x, mirror_y = _turn_of(frame)
+        pixels_HWC = pixels_HWC.swapaxes(0, 1) if swapped else pixels_HWC
+        return np.ascontiguousarray(pixels_HWC[:: -1 if mirror_y else 1, :: -1 if mirror_x else 1])
 
     def _new_graph(self, frame: av.VideoFrame) -> Graph:
         matrix = "auto"
