@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from animate_world import build_animate, driving_video, masks, moving, replacement
+from checkpoints import official_state
 from kinema.engine import Engine
 from kinema.errors import RequestError
 from kinema.media.audio import audio_facts
 from kinema.media.reader import read_video
 from kinema.media.video import probe
+from kinema.media.video import write as write_video
 from kinema.planning.clips import back_and_forth, overlapping_clips
-from kinema.schema import Plan, Request, Result, Settings
-from tiny_world import TinyWorld, picture
+from kinema.schema import Note, Plan, Request, Result, Settings
+from kinema.tensors import Media
+from lora_files import low_rank, write_lora
+from tiny_world import DITS, TinyWorld, picture
 
 FRAMES = 20  # clips of 9 that overlap by 1: 0-8, 8-16, and 16-24 of which 17-19 are new
 
@@ -104,10 +109,49 @@ def test_every_input_has_its_say(engine: Engine, ask, tmp_path: Path):
         assert not torch.equal(first, other), role
 
 
+def test_frames_without_anybody_are_told(engine: Engine, ask, tmp_path: Path):
+    """Of two clips of 9 and 3 frames, each clip by itself; the run goes on."""
+    video = torch.zeros(FRAMES, 48, 64, 3, dtype=torch.uint8)
+    video[:4, :, 32:] = 255
+    write_video(Media(iter([video]), FRAMES, 64, 48, 30, {}), tmp_path / "m.mp4", "mp4", 100)
+    plan = engine.plan(ask("mask", "background", mask=tmp_path / "m.mp4", frames=12))
+    told = [event.text for event in engine.run(plan) if isinstance(event, Note) and event.about == "mask"]
+    assert told == [
+        "empty in 5 of the 9 frames of clip 1: nobody is replaced there",
+        "empty in 3 of the 3 frames of clip 2: nobody is replaced there",
+    ]
+
+
 def test_guidance_sees_no_face(engine: Engine, ask, tmp_path: Path):
     alone = pixels(finish(engine, ask(frames=5)).paths[0])
     guided = pixels(finish(engine, ask(frames=5, guidance=3, save=tmp_path / "guided.mp4")).paths[0])
     assert not torch.equal(alone, guided)
+
+
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_streamed_blocks_give_the_bits_of_resident_ones(engine: Engine, ask, tmp_path: Path, guidance: float):
+    """Face blocks travel with the blocks they follow, in prepare and at every step, one branch or two."""
+    roles = ["mask", "background"] if guidance == 1 else []
+
+    def latents(swapped: int) -> torch.Tensor:
+        save = tmp_path / f"{swapped}.latents.safetensors"
+        request = ask(*roles, frames=12, guidance=guidance, blocks_to_swap=swapped, precision="fast", save=save)
+        result = finish(engine, request)
+        assert result.plan.experts["model"].resident_blocks == (2 - swapped if swapped else None)
+        return load_file(save)["latents"]
+
+    resident = latents(0)
+    assert torch.equal(latents(1), resident) and torch.equal(latents(2), resident)
+
+
+def test_a_relighting_lora_without_a_scene_is_told(engine: Engine, ask, tmp_path: Path):
+    """It is known by its name; the file is any LoRA that fits."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in official_state("dit", DITS["clip"]).items()}
+    lora = write_lora(tmp_path / "WanAnimate_relight_lora_fp16.safetensors", "peft", low_rank(shapes))
+    told = texts(engine.plan(ask(lora=[lora])), "lora")
+    assert any("to fit a person to a scene; this is animation" in text for text in told)
+    told = texts(engine.plan(ask("mask", "background", lora=[lora])), "lora")
+    assert not any("this is animation" in text for text in told)
 
 
 def test_a_single_frame_and_a_still_skeleton(engine: Engine, ask, tmp_path: Path):

@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kinema.models.adapters import motion
+from kinema.models.adapters.animate import AnimateState
+from kinema.models.adapters.motion import FaceReader
 from kinema.models.wan import WanConfig, WanDiT, stays_float32
-from kinema.models.wan_config import CameraConfig, VaceConfig
+from kinema.models.wan_config import AnimateConfig, CameraConfig, VaceConfig
 from kinema.models.wan_vae import WanVAE, WanVAEConfig
 from kinema.planning import activations
 from kinema.tensors import CameraConditions, Conditions, VaceConditions
@@ -104,6 +107,44 @@ def test_what_adapters_keep(dtype: torch.dtype) -> None:
             ((_, state),) = dit.prepare(Conditions((torch.empty(4, 32, device="meta"),), **told).to("meta")).adapters
         kept = state if isinstance(state, torch.Tensor) else state.tokens_BLD
         assert activations.adapter_bytes(dataclasses.asdict(whole), tokens, dtype.itemsize) == kept.nbytes
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_a_dit_with_a_skeleton_and_faces(branches: int) -> None:
+    """Prepared skeletons stay, one a branch; what faces add after a block is not the fullest moment."""
+    frames, rows, columns = 21, 60, 104
+    tokens = frames * rows * columns // 4
+    with torch.inference_mode(), torch.device("meta"):
+        config = WanConfig(dim=5120, ffn_dim=13824, num_layers=2, in_channels=36, out_channels=16, text_dim=512,
+                           animate=AnimateConfig(interval=1))  # fmt: skip
+        dit = WanDiT(config).requires_grad_(False).eval()
+        dit.attention = flash
+        for name, parameter in dit.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if stays_float32(name) else torch.bfloat16)
+        (adapter,) = dit.adapters
+        context = dit.prepare(Conditions((torch.empty(40, 512),), None, torch.empty(1, 20, frames, rows, columns)))
+        kv = tuple(block.project(torch.empty(1, frames, 5, 5120)) for block in adapter.blocks)
+        x, timesteps = torch.empty(1, 16, frames, rows, columns), torch.empty(1)
+        with Live() as live:
+            skeletons = [torch.empty(1, tokens * (frames - 1) // frames, 5120) for _ in range(branches)]
+            states = [((adapter, AnimateState(skeleton, kv)),) for skeleton in skeletons]
+            dit(x, timesteps, *(dataclasses.replace(context, adapters=state) for state in states))
+    known = dataclasses.asdict(config)
+    predicted = activations.dit_bytes(known, tokens, 0, 2, branches=branches)
+    predicted += branches * activations.adapter_bytes(known, tokens, 2)
+    assert predicted == pytest.approx(live.peak, rel=0.06)
+
+
+@pytest.mark.parametrize("frames", [5, 77])
+def test_faces_on_their_way_through_the_motion_encoder(frames: int) -> None:
+    config = AnimateConfig()
+    with torch.inference_mode(), torch.device("meta"):
+        reader = FaceReader(config).requires_grad_(False)
+        with Live() as live:
+            faces = torch.empty(frames, 3, config.face_size, config.face_size)
+            reader(faces[: motion.FACES_AT_ONCE])
+    assert activations.FACES_AT_ONCE == motion.FACES_AT_ONCE
+    assert activations.face_bytes(dataclasses.asdict(config), frames) == pytest.approx(live.peak, rel=0.06)
 
 
 @pytest.mark.parametrize(("version", "rows", "columns", "chunk"), [("2.1", 60, 104, 1), ("2.1", 90, 160, 2),

@@ -5,7 +5,7 @@ Source: Wan-Video/Wan2.2 wan/animate.py (Apache-2.0). Parity: tests/parity/test_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -24,8 +24,12 @@ from kinema.models.encoders import ClipVision
 from kinema.models.wan_vae import WanVAE
 from kinema.planning.clips import back_and_forth
 from kinema.sampling.denoiser import Branch, noise
-from kinema.schema import ClipPlan, ModelRef, Plan, VideoPlan
+from kinema.schema import ClipPlan, ModelRef, Note, Plan, VideoPlan
 from kinema.tensors import AnimateConditions, Conditions
+
+
+EMPTY = 0.1
+"""A mask nowhere lighter shows nobody: video codecs leave traces of the frames before."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,7 @@ class AnimateClips:
     def __post_init__(self) -> None:
         assert self.plan.animate is not None
         self.history_frames = self.plan.animate.overlap
+        self._notes: list[Note] = []
 
     @property
     def vae(self) -> WanVAE:
@@ -156,9 +161,14 @@ class AnimateClips:
     def conditions(self, number: int, clip: ClipPlan, before: Tensor | None) -> Branches:
         vae, chunk, tile = self.vae, self.plan.chunk, self.plan.tile
         driving = self.videos.take(back_and_forth(self.plan.frames, clip.start, clip.frames))
+        self._notes = list(_told_empty(number, clip, driving.person_THW))
         channels_BCFhw = torch.cat([self.reference_BCFhw, clip_channels(vae, driving, before, chunk, tile)], dim=2)
         pose_BCFhw = vae.encode(driving.pose_CTHW[None].to(vae.latent_mean.device), chunk=chunk, tile=tile)
         return branches_of(self.texts, self.clip_BVD, channels_BCFhw, pose_BCFhw, driving.face_CTHW)
+
+    def notes(self) -> Iterable[Note]:
+        told, self._notes = self._notes, []
+        return told
 
     def noise(self, number: int, seed: int) -> Tensor:
         """One generator for all clips, as the official code has it: each draws on from where the last one ended."""
@@ -167,6 +177,14 @@ class AnimateClips:
     def decode(self, clip: ClipPlan, latents_CFhw: Tensor, before: Tensor | None) -> Iterator[Tensor]:
         """The latent frame in front is the reference's, and no part of the video."""
         yield from ops.decode_frames(self.vae, latents_CFhw[:, 1:], self.plan)
+
+
+def _told_empty(number: int, clip: ClipPlan, person_THW: Tensor | None) -> Iterator[Note]:
+    if person_THW is not None:
+        empty = int((person_THW[clip.skip : clip.skip + clip.shown].amax((1, 2)) < EMPTY).sum())
+        if empty:
+            text = f"empty in {empty} of the {clip.shown} frames of clip {number + 1}: nobody is replaced there"
+            yield Note(about="mask", text=text)
 
 
 @torch.inference_mode()

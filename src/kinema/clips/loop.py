@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kinema.sampling.denoiser import Branch
-from kinema.schema import ClipPlan, Event
+from kinema.schema import ClipPlan, Event, Note
 from kinema.tensors import Conditions
 
 Branches = Mapping[Branch, Conditions]
@@ -44,6 +44,10 @@ class ClipTask(Protocol):
         """Return what the clip is told, by branch. Not called for a clip whose latents are there already."""
         ...
 
+    def notes(self) -> Iterable[Note]:
+        """Return what there is to tell of the clip whose conditions were made last."""
+        ...
+
     def noise(self, number: int, seed: int) -> Tensor:
         """Return noise_BCFhw, float32, of clip `number` of a video of this seed."""
         ...
@@ -69,6 +73,7 @@ def make_clips(clips: Sequence[ClipPlan], task: ClipTask, sample: Sample, measur
     for number, clip in enumerate(clips):
         before = task.before(number, history_THWC)
         latents_CFhw = yield from sample(number, partial(task.conditions, number, clip, before))
+        yield from task.notes()
         made: list[Tensor] = []
         with measure("decode"):
             for frames_THWC in _shown(task.decode(clip, latents_CFhw, before), clip):

@@ -5,7 +5,7 @@ Source: Wan-Video/Wan2.2 wan/speech2video.py (Apache-2.0). Parity: tests/parity/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import cast
@@ -22,7 +22,7 @@ from kinema.media.reader import read_video
 from kinema.models.wan_vae import WanVAE
 from kinema.models.wav2vec import Wav2Vec, encode_audio
 from kinema.sampling.denoiser import Branch, noise
-from kinema.schema import ClipPlan, ModelRef, Plan
+from kinema.schema import ClipPlan, ModelRef, Note, Plan
 from kinema.tensors import Conditions, SpeechConditions
 
 BLACK, GREY = -1.0, 0.5
@@ -89,6 +89,9 @@ class SpeechClips:
         silent = replace(told, audio_BLDT=torch.zeros_like(audio_BLDT))
         both: Mapping[Branch, SpeechConditions] = {"cond": told, "uncond": silent}
         return {branch: Conditions((rows,), speech=both[branch]) for branch, rows in self.texts.items()}
+
+    def notes(self) -> Iterable[Note]:
+        return ()
 
     def noise(self, number: int, seed: int) -> Tensor:
         drawn = noise((seed + number) % 2**63, (1, *self.plan.latent))

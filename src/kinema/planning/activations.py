@@ -15,6 +15,8 @@ Config = Mapping[str, Any]
 HEAD_DIM = 128
 SMALLEST_TILE = 8
 """Latent cells an edge, as in models.wan_vae_tiles."""
+FACES_AT_ONCE = 8
+"""As in models.adapters.motion."""
 
 
 # --- the DiT ---------------------------------------------------------------------------------------
@@ -46,6 +48,14 @@ def adapter_bytes(config: Config, tokens: int, dtype_bytes: int) -> float:
     """Return bytes of what adapters make once for each branch of guidance and keep over its steps: rows of tokens."""
     kept = {"vace": 4, "camera": dtype_bytes, "animate": 4, "speech": 4}
     return float(tokens * config["dim"] * sum(size for name, size in kept.items() if config.get(name)))
+
+
+def face_bytes(animate: Config, frames: int) -> float:
+    """Return bytes of a clip's faces on their way through Animate's motion encoder, eight at once in float32."""
+    channels = animate["channels"]
+    face = 4 ** (len(channels) + 1)  # pixels; the last of the channels is of 4 x 4
+    widest = max(width * face / 4**level for level, width in enumerate(channels))
+    return float(4 * (3 * frames * face + min(frames, FACES_AT_ONCE) * (4 * widest)))
 
 
 def ffn_pieces(config: Config, dtype_bytes: int) -> int:

@@ -29,6 +29,9 @@ from kinema.schema import (
 OVERLAPS = (1, 5)
 """Frames of a clip that the model was made to go on from."""
 
+RELIGHTING = "relight-animate"
+"""The LoRA for replacement, by its name in loras.toml."""
+
 MULTIPLE = 16
 SAME_SHAPE = 0.02
 
@@ -85,6 +88,14 @@ def plan_animated(request: Request, entry: CatalogEntry, facts: Facts, notes: li
         role: facts.media[role][0] for role in ("pose", "face", "mask", "background", "video") if facts.media.get(role)
     }
     replaces = _check_mode(request)
+    if not replaces:
+        notes += [
+            Note(
+                about="lora", text=f"{ref.path.name} fits a person to a scene, which is replacement; this is animation"
+            )
+            for ref, found in zip(request.lora, facts.loras, strict=True)
+            if found.known == RELIGHTING
+        ]
     width, height = _size(request, entry, media["pose"], notes)
     fps = request.fps or entry.fps
     frames = _frames(request, media["pose"], fps)

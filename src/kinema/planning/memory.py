@@ -234,6 +234,8 @@ def _dit(plan: Plan, ref: ModelRef) -> float:
         ref.config, _tokens(plan, ref), rows, BYTES[ref.dtype], branches=2 if together else 1, ffn_tokens=ref.ffn_tokens
     )
     taken += (2 if both else 1) * activations.adapter_bytes(ref.config, _tokens(plan, ref), BYTES[ref.dtype])
+    if ref.config.get("animate"):  # faces are read before the first step
+        taken = max(taken, activations.face_bytes(ref.config["animate"], _frames_at_once(plan)))
     return taken * _workspace(plan) + unpacking_bytes(ref, ref.ffn_tokens or _tokens(plan, ref))
 
 
