@@ -58,6 +58,8 @@ CLI_FLAGS = frozenset(
         "--detector",
         "--points",
         "--replace",
+        "--neutral",
+        "--sam2",
         "--no-retarget",
         "--columns",
         "--rows",

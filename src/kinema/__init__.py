@@ -115,14 +115,14 @@ def drive(video: Path | str, **fields: Any) -> dict[str, Path]:
     """Make the videos that drive Animate of a video of one person; return them by Request field.
 
     fields  reference, mask, size, frames, fps, device, save (a folder), overwrite, quality as of a Request; replace,
-            retarget, columns, rows, detector, points as of kinema.driving.DriveOptions.
+            retarget, neutral, columns, rows, detector, points, sam2 as of kinema.driving.DriveOptions.
     Raises RequestError for what cannot be read or shows nobody, CatalogError without the two ONNX files.
     """
     from kinema.driving import DriveOptions, make_driving
     from kinema.settings import default_settings
 
     options = DriveOptions(**{name: fields.pop(name) for name in DriveOptions.model_fields if name in fields})
-    return _finished(make_driving(Path(video), make_request(fields), options, default_settings().models))
+    return _finished(make_driving(Path(video), make_request(fields), options, default_settings()))
 
 
 def _finished(making: Generator[Any, None, T]) -> T:

@@ -77,7 +77,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "kinema.conditioning": BELOW_OPS,
     "kinema.ops": BELOW_OPS,
     "kinema.pose": ("kinema.errors", "kinema.schema", "kinema.media.pixels"),
-    "kinema.driving": (*TENSORS, "kinema.media", "kinema.planning.geometry", "kinema.pose"),
+    "kinema.driving": (*TENSORS, "kinema.media", "kinema.neutral", "kinema.planning.geometry", "kinema.pose"),
+    "kinema.neutral": (*TENSORS, "kinema.engine", "kinema.media", "kinema.pose", "kinema.request"),
     "kinema.conditioning_flux": (*BELOW_OPS, "kinema.conditioning", "kinema.ops"),
     "kinema.control_video": (
         *NOUNS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from torch import Tensor
 import kinema
 from conftest import Cli
 from kinema.errors import RequestError
-from kinema.media.video import probe, read_video, write
+from kinema.media.video import probe, read_metadata, read_video, write
 from kinema.pose.skeleton import draw
 from kinema.tensors import Media
-from onnx_files import body_points, person_detector
+from onnx_files import body_points, person_detector, segmenter
+from tiny_flux import build_flux
+from tiny_world import TinyWorld
 
 FRAMES, EMPTY = 8, (2, 3)
 NETWORKS = "Wan-AI/Wan2.2-Animate-14B/process_checkpoint"
@@ -121,9 +124,92 @@ def test_a_given_mask_is_grown_and_made_of_blocks(cli: Cli, clip: Path, networks
     assert "the box around" not in ran.err
     short = tmp_path / "short.mp4"
     write(Media(iter([torch.from_numpy(mask[:3])]), 3, 96, 64, 30, {}), short, "mp4", 100)
-    ran = cli("drive", clip, "--replace", "--mask", short, "--models-dir", networks, "--size", "96x64", "--save", "y")
-    assert ran.code == 2 and "ends before the video does" in ran.err
-    assert not list(Path("y").iterdir()), "nothing is left half-written"
+    tall = tmp_path / "tall.mp4"
+    write(Media(iter([torch.from_numpy(mask.swapaxes(1, 2))]), FRAMES, 64, 96, 30, {}), tall, "mp4", 100)
+    for bad, message in ((short, "it shows 3 of 8 frames"), (tall, "of another shape than the video")):
+        ran = cli("drive", clip, "--replace", "--mask", bad, "--models-dir", networks, "--size", "96x64", "--save", "y")
+        assert ran.code == 2 and message in ran.err and not Path("y").exists(), "before anything is read"
+
+
+def test_the_outline_is_sam_2_s_where_its_files_are(cli: Cli, clip: Path, networks: Path, tmp_path: Path) -> None:
+    """The light itself, grown, and not the box around the person; it goes with the light."""
+    encoder = segmenter(tmp_path / "more/sam2")
+    words = ["drive", clip, "--replace", "--models-dir", networks, "--size", "96x64", "--columns", "9", "--rows", "9"]
+    ran = cli(*words, "--models-dir", tmp_path / "more", "--save", "found")
+    assert ran.code == 0, ran.err
+    assert "by sam2_hiera_tiny.encoder.onnx from the skeleton" in ran.err and "the box around" not in ran.err
+    on = frames(Path("found/mask.mp4"))[..., 0] > 127
+    for number in (0, 1, 4, 7):
+        centre = torch.nonzero(on[number])[:, 1].float().mean()
+        assert centre == pytest.approx(30 + 4 * number, abs=3)
+    assert not on[list(EMPTY)].any() and "empty in 2 of 8 frames" in ran.err
+    given = cli(*words, "--sam2", encoder, "--save", "given")
+    assert given.code == 0 and torch.equal(frames(Path("given/mask.mp4"))[..., 0] > 127, on)
+
+
+def test_sam_2_is_two_files_for_one_mask(cli: Cli, clip: Path, networks: Path, reference: Path, tmp_path: Path) -> None:
+    encoder = segmenter(tmp_path / "sam2")
+    words = ["drive", clip, "--models-dir", networks, "--save", "y"]
+    ran = cli(*words, "--reference", reference, "--sam2", encoder)
+    assert ran.code == 2 and "belongs to replacement" in ran.err
+    ran = cli(*words, "--replace", "--sam2", encoder, "--mask", clip)
+    assert ran.code == 2 and "both say where the person is" in ran.err
+    ran = cli(*words, "--replace", "--sam2", tmp_path / "none.onnx")
+    assert ran.code == 3 and "no such file" in ran.err and "--sam2 sam2_hiera_large.encoder.onnx" in ran.err
+    encoder.with_name("sam2_hiera_tiny.decoder.onnx").unlink()
+    for more in (["--sam2", encoder], ["--models-dir", tmp_path]):
+        ran = cli(*words, "--replace", *more)
+        assert ran.code == 3 and "there is no sam2_hiera_tiny.decoder.onnx" in ran.err
+
+
+@pytest.fixture(scope="module")
+def kontext(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return build_flux(tmp_path_factory.mktemp("flux"))
+
+
+def test_limbs_are_measured_in_pictures_in_a_neutral_pose(
+    cli: Cli, clip: Path, reference: Path, networks: Path, kontext: TinyWorld
+) -> None:
+    words = ["drive", clip, "--reference", reference, "--size", "64x80", "--models-dir", networks, "--save", "driving"]
+    words += ["--models-dir", kontext.root, "--catalog", kontext.settings.catalogs[0], "--seed", "1"]
+    ran = cli(*words, "--neutral", "tiny-kontext")
+    assert ran.code == 0, ran.err
+    made = {path.name for path in Path("driving").iterdir()}
+    assert {"pose.mp4", "face.mp4", "driver.png", "driver-neutral.png", "reference-neutral.png"} <= made
+    assert "measured in driving/driver-neutral.png and driving/reference-neutral.png" in ran.err
+    assert np.abs(np.array(Image.open("driving/driver.png")).astype(int) - glow(96, 64, 30, 32)).max() < 30
+    plans = [json.loads(read_metadata(Path(f"driving/{who}-neutral.png"))["kinema"]) for who in ("driver", "reference")]
+    assert [len(plan["steps"]) for plan in plans] == [28, 28] and [plan["seeds"] for plan in plans] == [[1], [1]]
+    assert "T-pose" in plans[0]["prompt"] and "straight down" in plans[1]["prompt"], "by the shape of each"
+    assert [Path(plan["images"][0]["path"]).name for plan in plans] == ["driver.png", "me.png"]
+    ran = cli(*words, "--neutral", "tiny-kontext")
+    assert ran.code == 2 and "exists already" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "code", "message"),
+    [
+        ("flux.1-kontext-dev", [], 3, "flux.1-kontext-dev"),
+        ("tiny-kontext", ["--replace"], 2, "keep their lengths in replacement"),
+        ("tiny-kontext", ["--no-retarget"], 2, "keep their lengths without retargeting"),
+        ("tiny-redux", [], 2, "edits no pictures by a sentence"),
+    ],
+)
+def test_a_neutral_pose_is_refused_before_anything_is_read(
+    cli: Cli,
+    clip: Path,
+    reference: Path,
+    networks: Path,
+    kontext: TinyWorld,
+    model: str,
+    more: list[str],
+    code: int,
+    message: str,
+) -> None:
+    words = ["drive", clip, "--reference", reference, "--models-dir", networks, "--save", "y", "--neutral", model]
+    words += ["--models-dir", kontext.root, "--catalog", kontext.settings.catalogs[0]]
+    ran = cli(*words, *more)
+    assert ran.code == code and message in ran.err and not Path("y").exists(), ran.err
 
 
 def test_from_python(clip: Path, reference: Path, networks: Path, tmp_path: Path) -> None:
@@ -158,6 +244,10 @@ def test_what_cannot_mean_anything(cli: Cli, clip: Path, reference: Path, networ
     assert ran.code == 2 and "no reference image" in ran.err
     ran = cli("drive", clip, "--models-dir", networks, "--reference", reference, "--mask", clip)
     assert ran.code == 2 and "belongs to replacement" in ran.err
+    ran = cli("drive", clip, "--models-dir", networks, "--reference", reference, "--reference", reference)
+    assert ran.code == 2 and "2 reference images" in ran.err
+    ran = cli("drive", clip, "--models-dir", networks, "--replace", "--frames", "9")
+    assert ran.code == 2 and "shows 8 at 30 fps" in ran.err
 
 
 def test_a_video_of_nobody(cli: Cli, networks: Path, tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from kinema.errors import CheckpointError
+from kinema.neutral import sentence
 from kinema.planning.geometry import size_within
 from kinema.pose.keypoints import LEFT_HIP, LIMBS, NECK, RIGHT_HIP, RIGHT_WRIST, Pose
+from kinema.pose.outline import OutlineReader, prompt
 from kinema.pose.reader import PoseReader, heatmap_peaks, largest_person
 from kinema.pose.regions import blocked, box_mask, crop, face_box, grown
 from kinema.pose.retarget import retarget, stretched
 from kinema.pose.skeleton import COLOURS, draw
-from onnx_files import body_points, person_detector
+from onnx_files import body_points, person_detector, segmenter
 
 # Nose, neck, right shoulder ... of a person who stands with arms down, in a frame of 200 x 400.
 STANDING = (
@@ -226,7 +228,78 @@ def test_a_body_seen_end_on_has_finite_limbs():
     assert np.isfinite(retarget(flat, person())(flat).body).all()
 
 
+def test_limbs_are_measured_in_a_neutral_pose_where_there_is_one():
+    """A driver who holds the arms towards the camera, and pictures of both that show people larger or smaller."""
+    driver, longer = person(), person()
+    driver.body[[3, 4, 6, 7], :2] = driver.body[[2, 2, 5, 5], :2] + (0, 3)
+    longer.body[[3, 4], 1] += (50, 100)
+    wanted = retarget(person(), longer).ratios
+    small = replace(longer, body=longer.body * (0.5, 0.5, 1))
+    change = retarget(driver, longer, (person(2.0), small))
+    assert np.allclose(change.ratios, wanted) and not np.allclose(retarget(driver, longer).ratios, wanted)
+    assert change.scale == retarget(driver, longer).scale, "where they stand is read from the pictures at hand"
+
+
+def test_half_a_body_in_a_neutral_pose_is_as_large_as_it_was():
+    def half(scale: float) -> Pose:
+        pose = person(scale)
+        pose.body[[RIGHT_HIP, LEFT_HIP, 10, 13], 2] = 0.1
+        return pose
+
+    assert np.allclose(retarget(half(1.0), half(1.0), (half(2.0), half(0.5))).ratios, 1)
+
+
+def test_a_sentence_asks_for_what_the_driver_shows():
+    whole, half, head = person(), person(), person()
+    half.body[[9, 10, 12, 13], 2] = 0.6
+    head.body[2:14, 2] = 0.6
+    assert "straight down" in sentence([None, half, whole], 200, 400) and "feet" in sentence([whole], 200, 400)
+    assert "T-pose" in sentence([whole], 400, 200) and "feet" not in sentence([half], 400, 200)
+    assert sentence([head, None], 200, 400) == sentence([], 400, 200) == "Turn the person to face the camera."
+
+
 # --- faces and masks -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def outline(tmp_path_factory: pytest.TempPathFactory) -> OutlineReader:
+    encoder = segmenter(tmp_path_factory.mktemp("sam2"))
+    return OutlineReader(encoder, encoder.with_name("sam2_hiera_tiny.decoder.onnx"))
+
+
+def test_an_outline_is_asked_for_where_the_person_is(outline: OutlineReader):
+    """The best of three masks, at the frame's own size; of two bright things the one under the skeleton."""
+    frame = torch.zeros(400, 200, 3, dtype=torch.uint8)
+    frame[40:360, 40:160] = 200
+    frame[:30] = 90
+    mask = outline(frame, person())
+    assert mask.shape == (400, 200) and mask.dtype == torch.bool
+    ys, xs = torch.nonzero(mask, as_tuple=True)
+    assert [int(edge) for edge in (xs.min(), ys.min(), xs.max(), ys.max())] == pytest.approx([40, 40, 159, 359], abs=6)
+    far = person(shift=(0, -50))  # its nose is in the upper stripe
+    assert outline(frame, far)[10, 100] and not mask[10, 100]
+    assert not outline(frame, None).any()
+
+
+def test_what_says_where_the_person_is():
+    pose = person()
+    points, labels = prompt(pose)
+    assert points.tolist() == [[x, y] for x, y in (STANDING[n] for n in (0, 1, 2, 5, 8, 11, 10, 13))]
+    assert labels.tolist() == [1] * 8
+    pose.body[10, 2], pose.body[13, 1] = 0.4, 400  # one that was not seen, one below the frame
+    assert len(prompt(pose)[0]) == 6
+    pose.body[:, 2] = 0.1
+    points, labels = prompt(pose)
+    assert points.tolist() == [[50, 30], [150, 360]] and labels.tolist() == [2, 3], "the corners of the box"
+
+
+def test_other_files_than_those_of_sam2_are_refused(tmp_path: Path):
+    encoder = segmenter(tmp_path)
+    decoder = encoder.with_name("sam2_hiera_tiny.decoder.onnx")
+    other = body_points(tmp_path / "points.onnx")
+    for one, two in ((other, decoder), (encoder, other), (encoder, encoder)):
+        with pytest.raises(CheckpointError, match="is not of SAM 2 as samexporter writes it"):
+            OutlineReader(one, two)
 
 
 def test_the_face_box_is_one_point_three_times_the_face():

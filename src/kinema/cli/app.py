@@ -226,20 +226,33 @@ def drive(
     *,
     replace: Annotated[bool, _switch("make mask and background too, to put somebody else into the video")] = False,
     no_retarget: Annotated[bool, _switch("keep the driver's own limbs, whatever the reference's body")] = False,
+    neutral: Annotated[
+        str | None, _switch("model that puts both in a neutral pose to measure their limbs: flux.1-kontext-dev")
+    ] = None,
     columns: Annotated[int, _switch("columns of the mask's blocks; 1 by 1 makes it a box")] = 1,
     rows: Annotated[int, _switch("rows of the mask's blocks")] = 1,
     detector: Annotated[Path | None, _switch("yolov10m.onnx, which finds people")] = None,
     points: Annotated[Path | None, _switch("vitpose_h_wholebody.onnx, which finds their joints")] = None,
+    sam2: Annotated[
+        Path | None, _switch("sam2_hiera_large.encoder.onnx, its decoder beside it, for the mask's outline")
+    ] = None,
 ) -> int:
     """Make the videos that drive Animate of a video: skeleton, face, and for replacement mask and background."""
     from kinema.driving import DriveOptions, generate_command, make_driving
 
     options = DriveOptions(
-        replace=replace, retarget=not no_retarget, columns=columns, rows=rows, detector=detector, points=points
+        replace=replace,
+        retarget=not no_retarget,
+        neutral=neutral,
+        columns=columns,
+        rows=rows,
+        detector=detector,
+        points=points,
+        sam2=sam2,
     )
     request = make_request(call.fields)
     with make_teller(call.json) as teller:
-        making = make_driving(video, request, options, call.configuration.settings.models)
+        making = make_driving(video, request, options, call.configuration.settings)
         with Interruption() as cancelled:
             made = told(making, teller, cancelled)
         paths = {role: str(path) for role, path in made.items()}
@@ -338,6 +351,8 @@ class Command:
 
 
 ALL_FIELDS = tuple(Request.model_fields)
+DRIVE_FIELDS = ("reference", "mask", "size", "frames", "fps", "save", "overwrite", "quality", "device", "precision")
+DRIVE_FIELDS += ("quantise", "seed", "vram", "ram")
 COMMANDS: dict[str, Command] = {
     "generate": Command(generate, ALL_FIELDS),
     "plan": Command(plan, ALL_FIELDS),
@@ -347,7 +362,7 @@ COMMANDS: dict[str, Command] = {
     "replay": Command(replay),
     "resume": Command(resume, ("output", "save", "overwrite", "quality", "strip")),
     "decode": Command(decode, ("output", "save", "overwrite", "quality", "strip")),
-    "drive": Command(drive, ("reference", "mask", "size", "frames", "fps", "device", "save", "overwrite", "quality")),
+    "drive": Command(drive, DRIVE_FIELDS),
     "control": Command(control, ("size", "frames", "fps", "device", "save", "overwrite", "quality")),
     "demo": Command(demo, ("prompt", "first", "last", "seed", "steps", "device", "output", "save", "overwrite")),
     "models": Command(store.models),

@@ -27,7 +27,6 @@ from kinema.sampling.denoiser import Branch, noise
 from kinema.schema import ClipPlan, ModelRef, Note, Plan, VideoPlan
 from kinema.tensors import AnimateConditions, Conditions
 
-
 EMPTY = 0.1
 """A mask nowhere lighter shows nobody: video codecs leave traces of the frames before."""
 

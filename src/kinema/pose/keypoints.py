@@ -22,7 +22,7 @@ BODY = (
 """The 20 points of the skeleton, each the mean of two: nose, neck (between the shoulders), right shoulder, elbow,
 wrist, left ones, right hip, knee, ankle, left ones, right eye, left eye, right ear, left ear, left and right toes."""
 
-NOSE, NECK, RIGHT_WRIST, LEFT_WRIST = 0, 1, 4, 7
+NOSE, NECK, RIGHT_SHOULDER, RIGHT_WRIST, LEFT_SHOULDER, LEFT_WRIST = 0, 1, 2, 4, 5, 7
 RIGHT_HIP, RIGHT_ANKLE, LEFT_HIP, LEFT_ANKLE, LEFT_TOE, RIGHT_TOE = 8, 10, 11, 13, 18, 19
 
 LIMBS = (

@@ -1,22 +1,23 @@
 """Read a person's pose from a frame with two networks: one finds the person, one the 133 points of the whole body.
 
 Both are ONNX files: yolov10m and ViTPose-H wholebody, the two that Animate was trained behind; others with the same
-inputs and outputs do as well. onnxruntime is the extra `pose`.
+inputs and outputs do as well.
 Source: Wan-Video/Wan2.2 wan/modules/animate/preprocess/pose2d.py, pose2d_utils.py (Apache-2.0).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kinema.errors import CheckpointError, MachineError
+from kinema.errors import CheckpointError
 from kinema.pose.keypoints import NUM_POINTS, Pose
+from kinema.pose.networks import Network, normalised, planes
 
 Box = tuple[float, float, float, float]
 
@@ -36,7 +37,6 @@ SMALLEST = 10
 """Pixels; in a smaller box no pose is looked for, but in the whole frame."""
 
 MARGIN = 1.25
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BLUR_WIDTH, BLUR_SIGMA = 11, 2.0
 
 
@@ -51,12 +51,10 @@ class PoseReader:
     """
 
     def __init__(self, detector: Path, points: Path, device: str = "cpu") -> None:
-        self._detector = _session(detector, device)
-        self._points = _session(points, device)
-        self.runs_on = "cuda" if "CUDAExecutionProvider" in self._points.get_providers() else "cpu"
-        self._detector_size = _side(self._detector, detector, ("640", "640"))
-        self._points_size = _side(self._points, points, ("256", "192"))
-        self._files = {"detector": detector, "points": points}
+        self._detector, self._points = Network(detector, device), Network(points, device)
+        self.runs_on = self._points.runs_on
+        self._detector_size = self._detector.picture_size((640, 640))
+        self._points_size = self._points.picture_size((256, 192))
 
     def __call__(self, frame_HWC: Tensor) -> Pose | None:
         """Return the pose in a uint8 RGB frame, None where no person is found."""
@@ -70,10 +68,10 @@ class PoseReader:
         """Return the box of the largest person, in the frame's pixels."""
         rows, columns = self._detector_size
         height, width = frame_HWC.shape[:2]
-        picture = F.interpolate(_planes(frame_HWC), (rows, columns), mode="bilinear").round() / 255
-        found = np.asarray(_run(self._detector, picture))
+        picture = F.interpolate(planes(frame_HWC), (rows, columns), mode="bilinear").round() / 255
+        found = _first(self._detector(picture)).numpy()
         if found.ndim != 3 or found.shape[-1] != 6:
-            raise self._wrong("detector", f"boxes [1, N, 6], not {list(found.shape)}")
+            raise _wrong(self._detector, "person detector", f"boxes [1, N, 6], not {list(found.shape)}")
         boxes = found[0][(found[0, :, 4] > FOUND) & (found[0, :, 5] == PERSON)]
         boxes = boxes[:, :5] * (width / columns, height / rows, width / columns, height / rows, 1)
         return largest_person(boxes)
@@ -87,24 +85,26 @@ class PoseReader:
         centre = np.array([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
         tall = MARGIN * max((box[2] - box[0]) * rows / columns, box[3] - box[1])
         extent = np.array([tall * columns / rows, tall])
-        picture = F.interpolate(_cut(frame_HWC, centre, extent), (rows, columns), mode="bilinear") / 255
-        picture = (picture - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
-        heat = torch.from_numpy(np.asarray(_run(self._points, picture)))
+        picture = F.interpolate(_cut(frame_HWC, centre, extent), (rows, columns), mode="bilinear")
+        heat = _first(self._points(normalised(picture)))
         if heat.ndim != 4 or heat.shape[1] != NUM_POINTS:
-            raise self._wrong("points", f"heatmaps [1, {NUM_POINTS}, h, w], not {list(heat.shape)}")
+            raise _wrong(self._points, "pose network", f"heatmaps [1, {NUM_POINTS}, h, w], not {list(heat.shape)}")
         peaks, scores = heatmap_peaks(heat[0].float())
         cells = np.array([heat.shape[3], heat.shape[2]])
         places = peaks.numpy() * extent / cells + centre - extent / 2
         return np.concatenate([places, scores.numpy()[:, None]], axis=1)
 
-    def _wrong(self, what: str, expected: str) -> CheckpointError:
-        file = self._files[what]
-        return CheckpointError(
-            f"{file} answers with something else than a {'person detector' if what == 'detector' else 'pose network'}: "
-            f"expected {expected}",
-            "take yolov10m.onnx to find people and vitpose_h_wholebody.onnx for their points",
-            path=str(file),
-        )
+
+def _first(answer: Mapping[str, Tensor]) -> Tensor:
+    return next(iter(answer.values()))
+
+
+def _wrong(network: Network, what: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{network.path} answers with something else than a {what}: expected {expected}",
+        "take yolov10m.onnx to find people and vitpose_h_wholebody.onnx for their points",
+        path=str(network.path),
+    )
 
 
 def largest_person(boxes: np.ndarray) -> Box | None:
@@ -165,52 +165,10 @@ def _blurred(heat_KHW: Tensor) -> Tensor:
     return maps * (heat_KHW.amax((1, 2)) / maps.amax((1, 2)).clamp_min(1e-10))[:, None, None]
 
 
-# --- pictures and networks -----------------------------------------------------------------------
-
-
-def _planes(frame_HWC: Tensor) -> Tensor:
-    return frame_HWC.permute(2, 0, 1)[None].float()
-
-
 def _cut(frame_HWC: Tensor, centre: np.ndarray, extent: np.ndarray) -> Tensor:
     """Return the rectangle [1, 3, h, w] of a frame, black outside of it."""
     left, top = (round(float(edge)) for edge in centre - extent / 2)
     right, bottom = (round(float(edge)) for edge in centre + extent / 2)
     height, width = frame_HWC.shape[:2]
-    inner = _planes(frame_HWC[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)])
+    inner = planes(frame_HWC[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)])
     return F.pad(inner, (max(-left, 0), max(right - width, 0), max(-top, 0), max(bottom - height, 0)))
-
-
-def _session(path: Path, device: str) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MachineError(
-            "reading poses needs onnxruntime, which is not installed", "pip install 'kinema[pose]'"
-        ) from error
-    file = path / "end2end.onnx" if path.is_dir() else path
-    wanted = [*(["CUDAExecutionProvider"] if device.startswith("cuda") else []), "CPUExecutionProvider"]
-    providers = [provider for provider in wanted if provider in onnxruntime.get_available_providers()]
-    try:
-        return onnxruntime.InferenceSession(str(file), providers=providers)
-    except Exception as error:  # onnxruntime has a class for each fault, and no base of them
-        raise CheckpointError(
-            f"{file} cannot be read as an ONNX file: {error}", "download it again", path=str(file)
-        ) from error
-
-
-def _side(session: Any, path: Path, default: tuple[str, str]) -> tuple[int, int]:
-    """Rows and columns of the network's input picture; `default` where the file leaves them open."""
-    shape = session.get_inputs()[0].shape
-    if len(shape) != 4 or shape[1] == 1:
-        raise CheckpointError(
-            f"{path} takes no pictures [1, 3, h, w] but {shape}", "give an ONNX file of that kind", path=str(path)
-        )
-    rows, columns = (
-        side if isinstance(side, int) else int(usual) for side, usual in zip(shape[2:], default, strict=True)
-    )
-    return rows, columns
-
-
-def _run(session: Any, picture: Tensor) -> Any:
-    return session.run(None, {session.get_inputs()[0].name: picture.numpy()})[0]

@@ -1,7 +1,8 @@
 """Carry the motion of one body over to another: every limb keeps its direction and takes the other body's length.
 
-Source: Wan-Video/Wan2.2 wan/modules/animate/preprocess/retarget_pose.py (Apache-2.0), without the edited images that
-its FLUX.1-Kontext option puts in between: both bodies should face the camera, limbs stretched, where they are measured.
+Lengths are right where both bodies face the camera, limbs stretched: in the pictures at hand, or in others of the same
+people made for it.
+Source: Wan-Video/Wan2.2 wan/modules/animate/preprocess/retarget_pose.py (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from kinema.pose.keypoints import (
     LEFT_ANKLE,
     LEFT_HIP,
+    LEFT_SHOULDER,
     LEFT_TOE,
     LEFT_WRIST,
     LIMBS,
@@ -20,6 +22,7 @@ from kinema.pose.keypoints import (
     NOSE,
     RIGHT_ANKLE,
     RIGHT_HIP,
+    RIGHT_SHOULDER,
     RIGHT_TOE,
     RIGHT_WRIST,
     Pose,
@@ -27,6 +30,9 @@ from kinema.pose.keypoints import (
 
 MEASURED, PRESENT = 0.5, 0.4
 """Scores from which a point counts for a body's height, and for whether a part of the body is there."""
+
+HEAD = (0, 14, 15, 16, 17)
+"""Nose, eyes and ears."""
 
 LONGEST_FOOT = 0.5
 """Of the calf; (foot, calf) by limb."""
@@ -71,11 +77,15 @@ class Retarget:
         return moved
 
 
-def retarget(driver: Pose, reference: Pose) -> Retarget:
-    """Return how to carry poses of the driver, measured in the frame `driver`, over to the reference's body."""
+def retarget(driver: Pose, reference: Pose, neutral: tuple[Pose, Pose] | None = None) -> Retarget:
+    """Return how to carry poses of the driver, measured in the frame `driver`, over to the reference's body.
+
+    neutral   both of them, driver first, in pictures where they stand straight: limbs are measured there, and only how
+              large they are and where they stand in `driver` and `reference`.
+    """
     scale = _height_ratio(driver, reference)
     target = reference.body[:, :2] * scale
-    ratios = _ratios(driver.body[:, :2], target)
+    ratios = _ratios(driver.body[:, :2], target) if neutral is None else _neutral_ratios(driver, reference, *neutral)
     moved = stretched(driver.body, ratios, foot_limit=False)
     both_whole = _whole(driver) and _whole(reference)
     offset = _stance(moved) - _stance(target) if both_whole else moved[NECK] - target[NECK]
@@ -97,14 +107,38 @@ def stretched(body: np.ndarray, ratios: np.ndarray, foot_limit: bool = True) -> 
 
 
 def _height_ratio(driver: Pose, reference: Pose) -> float:
-    """Height of the driver over that of the reference, in pixels: nose to ankles, else to hips, else their frames'."""
+    """Height of the driver over that of the reference, in pixels; where it cannot be measured their frames'."""
+    frames = float(np.sqrt(driver.width * driver.height / (reference.width * reference.height)))
+    return _measured_ratio(driver, reference) or frames
+
+
+def _measured_ratio(driver: Pose, reference: Pose) -> float | None:
+    """Nose to ankles, else to hips; None where either does not show them."""
     for low in ((RIGHT_ANKLE, LEFT_ANKLE), (RIGHT_HIP, LEFT_HIP)):
         points = [NOSE, *low]
         if min(driver.body[points, 2].min(), reference.body[points, 2].min()) > MEASURED:
             heights = [abs(pose.body[list(low), 1].mean() - pose.body[NOSE, 1]) for pose in (driver, reference)]
             if min(heights) > 0:
                 return float(heights[0] / heights[1])
-    return float(np.sqrt(driver.width * driver.height / (reference.width * reference.height)))
+    return None
+
+
+def _neutral_ratios(driver: Pose, reference: Pose, straight_driver: Pose, straight_reference: Pose) -> np.ndarray:
+    """Ratios measured where both stand straight; half bodies, which show no height, as large as they were before."""
+    height = _measured_ratio(straight_driver, straight_reference)
+    scale = height or _height_ratio(straight_driver, straight_reference) * (
+        _shown(reference, straight_reference) / _shown(driver, straight_driver)
+    )
+    return _ratios(straight_driver.body[:, :2], straight_reference.body[:, :2] * scale)
+
+
+def _shown(pose: Pose, edited: Pose) -> float:
+    """How much larger a person is in one picture than in another, by the width of head or shoulders."""
+    widths = [
+        (np.ptp(one.body[list(HEAD), 0]), np.hypot(*(one.body[RIGHT_SHOULDER] - one.body[LEFT_SHOULDER])[:2]))
+        for one in (pose, edited)
+    ]
+    return float(max((before / after for before, after in zip(*widths, strict=True) if after > 0), default=0)) or 1.0
 
 
 def _ratios(driver: np.ndarray, target: np.ndarray) -> np.ndarray:
