@@ -351,8 +351,10 @@ class Command:
 
 
 ALL_FIELDS = tuple(Request.model_fields)
-DRIVE_FIELDS = ("reference", "mask", "size", "frames", "fps", "save", "overwrite", "quality", "device", "precision")
-DRIVE_FIELDS += ("quantise", "seed", "vram", "ram")
+DRIVE_FIELDS = (
+    "reference", "mask", "size", "frames", "fps", "save", "overwrite", "quality", "device", "precision", "quantise",
+    "seed", "vram", "ram",
+)  # fmt: skip
 COMMANDS: dict[str, Command] = {
     "generate": Command(generate, ALL_FIELDS),
     "plan": Command(plan, ALL_FIELDS),

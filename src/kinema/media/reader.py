@@ -20,6 +20,7 @@ import av
 import numpy as np
 import torch
 from av.filter import Graph
+from av.sidedata.sidedata import SideData
 from PIL import Image
 from torch import Tensor
 
@@ -217,7 +218,7 @@ def _turn_of(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     found = frame.side_data.get("DISPLAYMATRIX")
     if found is None:
         return False, False, False
-    a, b, _, c, d, *_ = np.frombuffer(bytes(found), np.int32).tolist()
+    a, b, _, c, d, *_ = np.frombuffer(memoryview(cast(SideData, found)), np.int32).tolist()
     swapped = abs(b) + abs(c) > abs(a) + abs(d)
     return (True, c < 0, b < 0) if swapped else (False, a < 0, d < 0)
 

@@ -90,9 +90,7 @@ def plan_animated(request: Request, entry: CatalogEntry, facts: Facts, notes: li
     replaces = _check_mode(request)
     if not replaces:
         notes += [
-            Note(
-                about="lora", text=f"{ref.path.name} fits a person to a scene, which is replacement; this is animation"
-            )
+            Note(about="lora", text=f"{ref.path.name} fits a person to a scene in replacement; this is animation")
             for ref, found in zip(request.lora, facts.loras, strict=True)
             if found.known == RELIGHTING
         ]
