@@ -544,7 +544,8 @@ class Engine:
         """The plan with its outputs beside `path`, latents or a folder of clips, or where `request` says."""
         stem = path.name.removesuffix(".safetensors").removesuffix(".latents").removesuffix(CLIPS_SUFFIX)
         save = request.save or path.with_name(stem + ".mp4")
-        kinds = request.output or tuple(kind for kind in plan.output.kinds if kind != "latents")
+        before = () if request.save and request.save.suffix else plan.output.kinds
+        kinds = request.output or tuple(kind for kind in before if kind != "latents")
         if request.save is None and kinds:
             save = save.with_suffix(f".{kinds[0]}")
         request = request.model_copy(update={"save": save, "output": kinds})

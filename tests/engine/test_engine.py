@@ -115,6 +115,9 @@ def test_several_seeds_and_kinds(engine: Engine, ask, tmp_path: Path) -> None:
     names = sorted(p.name for p in (tmp_path / "many").iterdir())
     assert sorted(Path(n).suffix for n in names) == sorted([".gif", ".json", ".safetensors", ".mp4"] * 2)
     assert all(path.exists() for r in results for path in r.paths)
+    latents = next(path for path in results[0].paths if path.suffix == ".safetensors")
+    (late,) = (e for e in engine.decode(latents, Request(save=tmp_path / "late.webp")) if isinstance(e, Result))
+    assert late.paths == (tmp_path / "late.webp",), "the file that was named, and no other kind of the first run"
 
 
 def test_strip_leaves_no_plan_anywhere(engine: Engine, ask, tmp_path: Path) -> None:

@@ -393,3 +393,9 @@ def test_outpainting_and_extension_are_told() -> None:
     assert made.frames == 81 and "frames 34 to 81 follow on video.mp4" in notes_of(made, "video")
     with pytest.raises(RequestError, match="nothing is left to make"):
         plan("wan2.1-vace-14b", {"video": video(1280, 720, 81)}, outpaint=True)
+
+
+def test_names_of_files_end_with_a_whole_word() -> None:
+    prompt = "a small red circle moves left on a navy background, slowly"
+    assert plan("wan2.1-t2v-1.3b", prompt=prompt).output.paths[0][0].stem == "a-small-red-circle-moves-left-on-a-navy-7"
+    assert plan("wan2.1-t2v-1.3b", prompt="猫" * 60).output.paths[0][0].stem == "猫" * 48 + "-7"

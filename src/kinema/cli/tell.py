@@ -174,7 +174,9 @@ def stages_text(result: Result) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return 75 as 1:15 and 4000 as 1:06:40."""
+    """Return 2.5 as 2.5 s, 75 as 1:15 and 4000 as 1:06:40."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

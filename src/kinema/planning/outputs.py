@@ -18,6 +18,7 @@ SUFFIXES: dict[str, OutputKind] = {
     ".safetensors": "latents",
 }
 DEFAULT_FOLDER = Path("outputs")
+LONGEST_NAME = 48  # letters of the prompt in a file's name, whole words where it has any
 
 
 def output_folder(request: Request) -> Path:
@@ -100,7 +101,9 @@ def _stem(request: Request, prompt: str, seed: int, several: bool) -> str:
     if request.save and request.save.suffix:
         stem = request.save.name.removesuffix(request.save.suffix).removesuffix(".latents")
         return f"{stem}-{seed}" if several else stem
-    words = re.sub(r"[^\w]+", "-", prompt.casefold()).strip("-")[:48].rstrip("-")
+    words = re.sub(r"[^\w]+", "-", prompt.casefold()).strip("-")
+    if len(words) > LONGEST_NAME:
+        words = words[: LONGEST_NAME + 1].rpartition("-")[0] or words[:LONGEST_NAME]
     return f"{words or 'video'}-{seed}"
 
 
