@@ -163,6 +163,22 @@ def test_importing_kinema_is_light():
     assert min(seconds) < 1.5
 
 
+BUILD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from checkpoints import TINY
+from kinema.weights.structure import build
+for component, config in TINY.items():
+    build(component, config)
+print([name for name in ("torch._dynamo", "sympy", "transformers") if name in sys.modules])
+"""
+
+
+def test_reading_headers_loads_no_compiler():
+    command = [sys.executable, "-c", BUILD, str(ROOT / "tests")]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == "[]"
+
+
 FORBIDDEN_BELOW_CLI = {
     "os.environ": "reads the environment",
     "os.getenv": "reads the environment",

@@ -150,7 +150,7 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(
             Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim).normal_(std=config.dim**-0.5))
 
     def forward(self, stream: Stream, context: Context, index: int) -> Stream:
         x_BLD, segments = stream.tokens_BLD, stream.segments
@@ -201,7 +201,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.head = Linear(config.dim, config.out_channels * PATCH[0] * PATCH[1] * PATCH[2])
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim).normal_(std=config.dim**-0.5))
 
     def forward(self, stream: Stream) -> Tensor:
         shift, scale = (self.modulation.float() + stream.time_BRD[:, :, None]).unbind(2)

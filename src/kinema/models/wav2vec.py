@@ -112,7 +112,7 @@ class PositionConv(nn.Module):
         kernel, width = config.position_kernel, config.position_width
         self.groups = config.dim // width
         self.weight_g = nn.Parameter(torch.ones(1, 1, kernel))
-        self.weight_v = nn.Parameter(torch.randn(config.dim, width, kernel))
+        self.weight_v = nn.Parameter(torch.empty(config.dim, width, kernel).normal_())
         self.bias = nn.Parameter(torch.zeros(config.dim))
 
     def forward(self, x_BDT: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kinema.errors import CheckpointError, KinemaError
 from kinema.models import flux, wan
@@ -464,10 +465,20 @@ VARIANTS = (
 """Leftover names that give a model away which is not read yet. Source: the key tables of each model's code."""
 
 
+class Undrawn(TorchFunctionMode):
+    """Leaves initial values undrawn: to draw what has no memory, torch loads its compiler, which takes a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def build(component: Component, config: Mapping[str, Any]) -> nn.Module:
     """Return the module of these constructor arguments on the meta device: structure without memory."""
     model = MODELS[component]
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         return model.module(model.arguments(**constructor_arguments(config)))
 
 

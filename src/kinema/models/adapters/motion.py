@@ -54,7 +54,7 @@ class ScaledConv(nn.Module):
         super().__init__()
         self.stride, self.pad = stride, pad
         self.scale = 1 / math.sqrt(in_channels * size**2)
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, size, size))
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, size, size).normal_())
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return F.conv2d(x_BCHW, self.weight * self.scale, stride=self.stride, padding=self.pad)
@@ -65,7 +65,7 @@ class ScaledLinear(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_dim, in_dim))
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim).normal_())
         self.bias = nn.Parameter(torch.zeros(out_dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Direction(nn.Module):
 
     def __init__(self, config: AnimateConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(config.motion_width, config.motion_dim))
+        self.weight = nn.Parameter(torch.empty(config.motion_width, config.motion_dim).normal_())
 
     def forward(self, amplitudes: Tensor) -> Tensor:
         # On the CPU, where the signs of Q's columns are the same on every machine; MPS has no QR at all.
