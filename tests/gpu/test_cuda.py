@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,14 +39,20 @@ def test_run_on_cuda_equals_the_official_pipeline(name: str) -> None:
     assert_golden(latents[0].cpu(), want["latent"], TOLERANCE)
 
 
-@pytest.mark.parametrize("model", ["tiny-t2v", "tiny-t2v-two"])
-def test_a_seed_means_the_same_on_cuda_and_cpu(tiny_world: TinyWorld, tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [("tiny-t2v", {}), ("tiny-t2v-two", {}), ("tiny-t2v", {"motion_bucket_id": 70}),
+     ("tiny-camera22-two", {"camera": "pan left, roll"}), ("tiny-vace-two", {})],
+)  # fmt: skip
+def test_a_seed_means_the_same_on_cuda_and_cpu(
+    tiny_world: TinyWorld, tmp_path: Path, model: str, fields: dict[str, Any]
+) -> None:
     latents = {}
     with Engine(tiny_world.settings) as engine:
         for device in ("cpu", "cuda"):
             save = tmp_path / f"{device}.latents.safetensors"
             request = Request(
-                model=model, prompt="a cat walks", seed=3, save=save, precision="reference", device=device
+                model=model, prompt="a cat walks", seed=3, save=save, precision="reference", device=device, **fields
             )
             assert any(isinstance(event, Result) for event in engine.run(engine.plan(request)))
             latents[device] = load_file(save)["latents"]
