@@ -154,7 +154,8 @@ GIF = _Codec("gif", "gif", "pal8")
 
 def _write_mp4(frames: Frames, media: Media, temporary: Path, quality: int) -> None:
     # crf 1 to 51; 0 would be lossless, in a profile browsers do not play. 80 gives 11, near the official 10.
-    options = {"crf": f"{1 + (100 - quality) / 2:g}", "preset": "medium"}
+    # x264's macroblock tree weighs blocks by memory it never wrote: the same frames came out another way now and then.
+    options = {"crf": f"{1 + (100 - quality) / 2:g}", "preset": "medium", "mbtree": "0"}
     _encode(_filtered(frames, media, YUV420P), media, temporary, MP4, options)
 
 
