@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -54,6 +56,8 @@ class Velocity:
     conditions  by branch.
     together    run all branches of a step through a block before the next block: for weights that have to be brought.
                 It costs the tokens of one more branch.
+    steps       all that are to come, and `bring(expert, following)`, called before the last forward of an expert that
+                another follows: so that the first weights of that one may come while it runs.
     """
 
     def __init__(
@@ -62,8 +66,12 @@ class Velocity:
         conditions: Mapping[Branch, Conditions],
         device: torch.device,
         together: bool = False,
+        steps: Sequence[PlanStep] = (),
+        bring: Callable[[Expert, Expert], None] = lambda *_: None,
     ) -> None:
         self._load, self._conditions, self._device, self._together = load, conditions, device, together
+        self._bring = bring
+        self._following = {step: then.expert for step, then in pairwise(steps) if then.expert != step.expert}
         self._contexts: dict[Branch, Any] = {}
         self._current: tuple[Expert, tuple[float, ...], DiT] | None = None
         self.last: LastCall | None = None
@@ -73,6 +81,8 @@ class Velocity:
         contexts = tuple(self._context(model, branch) for branch in branches)
         self.last = LastCall(model, x_BCFhw, step.timestep, contexts)
         timesteps = torch.full((x_BCFhw.shape[0],), step.timestep, device=self._device)
+        if step in self._following:
+            self._bring(step.expert, self._following[step])
         if self._together:
             return list(model(x_BCFhw, timesteps, *contexts).chunk(len(contexts)))
         return [model(x_BCFhw, timesteps, context) for context in contexts]
@@ -131,11 +141,11 @@ def decode_frames(vae: VAE, latents_CFhw: Tensor, plan: Plan) -> Iterator[Tensor
         )
 
 
-def latents_bytes(latents_CFhw: Tensor, plan: Plan) -> bytes:
-    """Return a safetensors file of the latents, carrying the plan that made them."""
+def latents_bytes(latents_CFhw: Tensor, plan: Plan, more: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """Return a safetensors file of the latents, carrying the plan that made them, and `more` metadata."""
     return save(
         {"latents": latents_CFhw.contiguous().cpu().float()},
-        metadata={PLAN_KEY: plan.model_dump_json(exclude_none=True)},
+        metadata={PLAN_KEY: plan.model_dump_json(exclude_none=True), **more},
     )
 
 

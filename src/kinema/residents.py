@@ -27,7 +27,7 @@ from kinema.runtime.attention import attention
 from kinema.runtime.blocks import BlockStream, Ring
 from kinema.schema import ModelRef
 from kinema.weights.hashes import HashCache
-from kinema.weights.load import load
+from kinema.weights.load import load, settle
 from kinema.weights.lora.attach import attach, check_effect, detach
 from kinema.weights.lora.fuse import fusion_of
 
@@ -62,13 +62,21 @@ class Residents:
         Others leave for it as planning.memory says. LoRAs beside its weights are at strength 0 until `set_strengths`.
         Raises CheckpointError for a file that does not hold it, MachineError where it cannot be loaded.
         """
-        loras, ref = ref.loras if ref.lora_mode == "branch" else (), without_branches(ref)
-        self.make_room(ref, need, limit)
-        if ref not in self._modules:
-            self._modules[ref] = self._load(ref)
-        self._modules.move_to_end(ref)
-        self._wear(ref, loras)
-        return self._modules[ref]
+        base = without_branches(ref)
+        self.make_room(base, need, limit)
+        module = self._dressed(ref)
+        self._modules.move_to_end(base)
+        settle(module, base)
+        return module
+
+    def follow(self, ref: ModelRef, following: ModelRef) -> None:
+        """Have the first block of `following` fetched, once, while the last one of `ref`, which is loaded, computes.
+
+        Both are streamed. The one that follows takes host memory alone until it is got.
+        """
+        now, then = (self._dressed(one).run_blocks for one in (ref, following))
+        assert isinstance(now, BlockStream) and isinstance(then, BlockStream)
+        now.then = then
 
     def changes(self, ref: ModelRef) -> tuple[float, ...]:
         """Return how large the change that each LoRA makes to a model is; () where the model is not loaded."""
@@ -100,6 +108,14 @@ class Residents:
         self._rings.clear()
         self._release()
 
+    def _dressed(self, ref: ModelRef) -> nn.Module:
+        """The loaded model of a recipe with its LoRAs; of a streamed one, what is outside of blocks may yet come."""
+        base = without_branches(ref)
+        if base not in self._modules:
+            self._modules[base] = self._load(base)
+        self._wear(base, ref.loras if ref.lora_mode == "branch" else ())
+        return self._modules[base]
+
     def _load(self, ref: ModelRef) -> nn.Module:
         fused = fusion_of(ref)
         module = load(ref, fused)
@@ -109,6 +125,7 @@ class Residents:
             module.ffn_tokens = ref.ffn_tokens
         self._stream(ref, module)
         if isinstance(module, UMT5 | ClipVision):
+            settle(module, ref)
             check_encoder(module, ref.files[0])
         if fused.sizes:
             check_effect(ref.loras, fused.sizes)

@@ -14,7 +14,7 @@ from kinema.planning import activations, flux_cost
 from kinema.planning.flux_cost import is_flux
 from kinema.planning.inputs import encodes
 from kinema.planning.quantisation import unpacking_bytes
-from kinema.schema import Limits, Machine, ModelRef, Note, Plan, Quantise, Request, StageCost
+from kinema.schema import Expert, Limits, Machine, ModelRef, Note, Plan, Quantise, Request, StageCost
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_BASE = 400_000_000  # Python, torch and its libraries
@@ -88,6 +88,16 @@ def _changed(ref: ModelRef) -> bool:
     return ref.quantisation in ROUNDED_ON_LOAD or bool(ref.loras and ref.lora_mode == "fuse")
 
 
+def may_follow(plan: Plan, expert: Expert) -> bool:
+    """Whether the next expert may be at hand while the one before it works: its blocks are streamed, and the host
+    has room for what both hold there. What is changed when it is loaded is held on the host as a whole.
+    """
+    if plan.experts[expert].resident_blocks is None:
+        return False
+    changed = [ref.weight_bytes for ref in plan.experts.values() if _changed(ref)]
+    return not changed or not plan.limits.host or HOST_BASE + sum(changed) <= plan.limits.host
+
+
 def leaving(loaded: Sequence[ModelRef], used: Sequence[ModelRef], need: float, limit: float) -> list[ModelRef]:
     """Return which loaded models, least recently used first, have to leave before a stage that uses `used`.
 
@@ -117,9 +127,11 @@ def stages(plan: Plan) -> dict[str, list[tuple[ModelRef, float]]]:
     if encodes(plan):
         clip = [(plan.clip_vision, activations.clip_bytes(plan.clip_vision.config))] if plan.clip_vision else []
         found["encode images"] = [*clip, (plan.vae, _vae(plan, decoder=False))]
+    if plan.clips:  # encoded clip by clip
+        found["encode inputs"] = found.pop("encode images", [])
     if plan.audio_encoder and plan.sound:
         hearing = (plan.audio_encoder, activations.hearing_bytes(plan.audio_encoder.config, plan.sound.seconds))
-        found["encode inputs"] = [hearing, *found.pop("encode images")]
+        found["encode inputs"].insert(0, hearing)
     order = list(dict.fromkeys(step.expert for step in plan.steps))
     found["load"] = [(plan.experts[order[0]], 0.0)]
     found["sample"] = [(plan.experts[expert], _dit(plan, plan.experts[expert])) for expert in order]
@@ -338,7 +350,7 @@ def _fitted(plan: Plan, request: Request) -> Plan:
 
 
 def _fits(plan: Plan, stage: str) -> bool:
-    checked = (stage, "encode images") if stage == "decode" else (stage,)
+    checked = (stage, "encode images", "encode inputs") if stage == "decode" else (stage,)
     return all(_excess(plan, cost) <= 0 for cost in costs(plan) if cost.stage in checked)
 
 

@@ -111,6 +111,8 @@ class Slot:
         self.filled: Future[None] | None = None
         self.ready: torch.cuda.Event | None = torch.cuda.Event() if cuda else None
         self.free: torch.cuda.Event | None = torch.cuda.Event() if cuda else None
+        if self.free is not None:  # its memory was somebody else's, whose computation may not be through
+            self.free.record(torch.cuda.current_stream(device))
 
 
 class Ring:
@@ -206,7 +208,7 @@ class BlockStream:
     groups     each block, and the modules that run with it, such as a side block of VACE.
     resident   how many of them stay on the device once they have been there, spread evenly among those that pass, so
                that copies have the longest time to hide in. None of them moves before it is first used.
-    then       the runner whose first block is fetched while this one's last computes; None: this one again.
+    then       the runner whose first block is fetched while the last one of the next pass computes; None: this one's.
     """
 
     def __init__(self, groups: Sequence[Sequence[nn.Module]], ring: Ring, resident: int = 0) -> None:
@@ -224,25 +226,21 @@ class BlockStream:
         """Return the state after step(block, index, state) of every block in order; its weights are there meanwhile."""
         blocks = list(blocks)
         units = [self._unit_of[block] for block in blocks]
+        after, self.then = self.then or self, None
+        coming = [*units, *after.units]
         for index, (block, unit) in enumerate(zip(blocks, units, strict=True)):
             if unit.settled:
                 state = step(block, index, state)
             else:
-                with self.ring.hold(unit, self._next(units[index + 1 :])):
+                with self.ring.hold(unit, next((unit for unit in coming[index + 1 :] if not unit.settled), None)):
                     state = step(block, index, state)
         return state
 
     def close(self) -> None:
         """Leave the ring to others, and the modules with the tensors they had."""
-        self.then = None
         self.ring.forget(self.units)
         for unit in self.units:
             unit.restore()
-
-    def _next(self, units: Sequence[Unit]) -> Unit | None:
-        later = next((unit for unit in units if not unit.settled), None)
-        runner = self.then or self
-        return later or next((unit for unit in runner.units if not unit.settled), None)
 
 
 def streamed(num_blocks: int, resident: int) -> frozenset[int]:

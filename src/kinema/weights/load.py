@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.errors import CheckpointError
-from kinema.models.layers import HELD_AS, tensors_of
+from kinema.models.layers import HELD_AS
 from kinema.models.tokenizer import Tokenizer
 from kinema.models.wan import constant
 from kinema.schema import Component, ModelRef
@@ -29,7 +30,8 @@ def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
 
     On the CPU, tensors already of the right dtype stay mapped: they cost no memory of their own until they are used,
     and then only page cache. Others are converted one by one, so that there is never a second copy of the model.
-    Where blocks are streamed, theirs stay mapped on any device, as stored: the block runner brings and converts them.
+    Where blocks are streamed, all of it stays mapped on any device, as stored: the block runner brings and converts
+    what is in blocks, and `settle` the rest.
     LoRAs to be fused are added in float32 before that, on the way; `fused`, made by `fusion_of`, knows afterwards by
     how much they changed the weights.
     Raises CheckpointError for missing, left-over or misshapen tensors.
@@ -46,9 +48,10 @@ def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
     fused = fused or fusion_of(ref)
     names = list(module.state_dict())
     dtype, keeps = getattr(torch, ref.dtype), FLOAT32_KEYS.get(ref.component, lambda _: False)
-    mapped = _left_mapped(module, ref)
+    mapped = {name for name, _ in module.named_parameters() if ref.resident_blocks is not None}
+    place = "cpu" if mapped else ref.device
     for name, packed in _packed_weights(ref, file, translation, module, fused):
-        swap(module, name, packed.to("cpu" if name in mapped else ref.device), dtype, fp8_matmul=ref.fp8_matmul)
+        swap(module, name, packed.to(place), dtype, fp8_matmul=ref.fp8_matmul)
         names.remove(name)
 
     def value(name: str) -> Tensor:
@@ -56,10 +59,10 @@ def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
         if name in room:
             packed = translation.packed(file, name)
             narrow = _value(file, translation, name) if packed is None else packed.dequantised(torch.float32)
-            return fused(name, F.pad(narrow, (0, room[name]))).to(ref.device, wanted)
+            return fused(name, F.pad(narrow, (0, room[name]))).to(place, wanted)
         if name in mapped and name not in fused and translation.packed(file, name) is None:
             return _value(file, translation, name)
-        return _placed(file, translation, name, wanted, "cpu" if name in mapped else ref.device, fused)
+        return _placed(file, translation, name, wanted, place, fused)
 
     module.load_state_dict({name: value(name) for name in names}, strict=True, assign=True)
     for name, tensor in module.named_parameters():
@@ -68,6 +71,28 @@ def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
     unfilled = [name for name, tensor in chain(module.named_parameters(), module.named_buffers()) if tensor.is_meta]
     assert not unfilled, f"{type(module).__name__} made {unfilled[:3]} outside its state dict on the meta device"
     return module.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def settle(module: nn.Module, ref: ModelRef) -> None:
+    """Bring what a model with streamed blocks has outside of them to its device, in the dtype it is used in.
+
+    The table of tokens stays on the host, as its file stores it. What is there already stays as it is.
+    """
+    if ref.resident_blocks is None:
+        return
+    groups: list[list[nn.Module]] = module.block_groups()  # type: ignore[operator]
+    elsewhere = [part for group in groups for part in group] + [getattr(module, "token_embedding", nn.Identity())]
+    inside = {inner for part in elsewhere for inner in part.modules()}
+    owners: Iterator[dict[str, Any]] = (
+        owner for part in module.modules() if part not in inside for owner in (part._parameters, part._buffers)
+    )
+    for owner in owners:
+        for name, tensor in owner.items():
+            if tensor is not None:
+                there = tensor.to(ref.device).to(getattr(tensor, HELD_AS, tensor.dtype))
+                if there is not tensor:
+                    owner[name] = nn.Parameter(there, False) if isinstance(tensor, nn.Parameter) else there
 
 
 def _room(ref: ModelRef, shapes: Shapes) -> dict[str, int]:
@@ -105,16 +130,6 @@ def _packed_weights(
         elif not stored and ref.quantisation and isinstance(leaf, nn.Linear):
             weight = fused(name, translation.read(file, name).to(ref.device))
             yield name, quantise(weight, *ON_LOAD[ref.quantisation])
-
-
-def _left_mapped(module: nn.Module, ref: ModelRef) -> set[str]:
-    """Names of the tensors that stay as the file has them: those of streamed blocks, and the table of tokens."""
-    if ref.resident_blocks is None:
-        return set()
-    groups: list[list[nn.Module]] = module.block_groups()  # type: ignore[operator]
-    inside = {id(tensor) for group in groups for part in group for tensor in tensors_of(part)}
-    tensors = module.state_dict(keep_vars=True)
-    return {name for name, tensor in tensors.items() if id(tensor) in inside or name.startswith("token_embedding.")}
 
 
 def load_tokenizer(encoder: Sequence[Path], tokenizer: Path | None, component: Component = "text_encoder") -> Tokenizer:
