@@ -7,7 +7,7 @@ prepare_redux (Apache-2.0).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -28,17 +28,20 @@ Get = Callable[[ModelRef], nn.Module]
 """get(ref) -> the loaded model of a recipe."""
 
 
-def flux_conditions(plan: Plan, rows: Mapping[Branch, Tensor], get: Get) -> dict[Branch, Conditions]:
-    """Return the conditions of each branch, whose prompt has these rows [S, D]."""
+def flux_conditions(
+    plan: Plan, rows: Mapping[Branch, Tensor], pooled: Mapping[Branch, Tensor], get: Get
+) -> dict[Branch, Conditions]:
+    """Return the conditions of each branch, whose prompt has these rows [S, D] and this pooled text [1, D]."""
     flux = cast(FluxPlan, plan.flux)
-    prompts: dict[Branch, str] = {"cond": plan.prompt, "uncond": plan.negative}
-    pooled = _pooled(flux, [prompts[branch] for branch in rows], get)
     concat, images, source = _channels(plan, get), _looked_at(plan, get), _source(plan, get)
     told = {
         branch: Conditions(
-            (text,), concat_BCFhw=concat, source_BCFhw=source, flux=FluxConditions(pooled_BD, flux.guidance, images)
+            (text,),
+            concat_BCFhw=concat,
+            source_BCFhw=source,
+            flux=FluxConditions(pooled[branch], flux.guidance, images),
         )
-        for (branch, text), pooled_BD in zip(rows.items(), pooled, strict=True)
+        for branch, text in rows.items()
     }
     if flux.redux is not None:
         shown = _redux_rows(plan, flux, get)
@@ -46,11 +49,17 @@ def flux_conditions(plan: Plan, rows: Mapping[Branch, Tensor], get: Get) -> dict
     return told
 
 
-def _pooled(flux: FluxPlan, prompts: Sequence[str], get: Get) -> list[Tensor]:
-    assert flux.clip_text.tokenizer is not None
-    tokenizer = ClipTokenizer.from_path(flux.clip_text.tokenizer)
-    encoder = cast(ClipText, get(flux.clip_text))
-    return [encoder.encode(tokenizer.encode(prompt, encoder.config.num_positions).ids) for prompt in prompts]
+def pooled_texts(plan: Plan, branches: Iterable[Branch], get: Get) -> dict[Branch, Tensor]:
+    """Return the pooled text [1, D] of each branch."""
+    ref = cast(FluxPlan, plan.flux).clip_text
+    assert ref.tokenizer is not None
+    tokenizer = ClipTokenizer.from_path(ref.tokenizer)
+    encoder = cast(ClipText, get(ref))
+    prompts: dict[Branch, str] = {"cond": plan.prompt, "uncond": plan.negative}
+    return {
+        branch: encoder.encode(tokenizer.encode(prompts[branch], encoder.config.num_positions).ids)
+        for branch in branches
+    }
 
 
 def _of_role(plan: Plan, role: str) -> list[ImagePlan]:

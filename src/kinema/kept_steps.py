@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,14 +30,46 @@ class KeptSteps:
     """The file of one seed's sampling.
 
     plan     of all seeds; index says which of them this is.
+    after    the step that is done and behind which to go on; None at the beginning.
     """
 
-    def __init__(self, plan: Plan, index: int, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self.plan, self.index, self.path, self._clock = plan, index, path, clock
+    def __init__(
+        self,
+        plan: Plan,
+        index: int,
+        path: Path,
+        after: Step | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.plan, self.index, self.path, self.after, self._clock = plan, index, path, after, clock
         every = plan.request.save_steps
         self._seconds = SECONDS if every is None else every
         self._last = clock()
-        self.saved: int | None = None
+        self._saved = self.done
+
+    @classmethod
+    def open(cls, path: Path) -> KeptSteps:
+        """Return what a file holds that `keep` wrote.
+
+        Raises CheckpointError for another file, and where a file of the plan is no longer the one it was.
+        """
+        file = open_tensors(path)
+        if KEY not in file.metadata:
+            raise CheckpointError(
+                f"{path} holds no saved steps of Kinema",
+                f"name a file NAME{STEPS_SUFFIX} that Kinema left beside an output",
+                path=str(path),
+            )
+        state = json.loads(file.metadata[KEY])
+        plan = Plan.model_validate(state["plan"])
+        refuse_changed(plan, state["files"])
+        memory = tuple(file.get(f"memory.{place}").clone() for place in range(len(file)))
+        return cls(plan, int(state["index"]), path, Step(int(state["step"]), memory[0], memory[0], memory))
+
+    @property
+    def done(self) -> int:
+        """How many steps were done before this run."""
+        return 0 if self.after is None else self.after.index + 1
 
     def keep(self, step: Step) -> None:
         """Save a step, where it is time."""
@@ -47,44 +79,18 @@ class KeptSteps:
         metadata = {KEY: json.dumps(state | {"files": stamps(self.plan)})}
         tensors = {f"memory.{place}": tensor.cpu().contiguous() for place, tensor in enumerate(step.memory)}
         write_whole(self.path, save(tensors, metadata=metadata))
-        self._last, self.saved = self._clock(), step.index
+        self._last, self._saved = self._clock(), step.index + 1
 
     def remove(self) -> None:
-        if self.saved is not None:
+        if self._saved:
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)
 
     def hint(self) -> str:
         """What to type to go on; "" where nothing is saved."""
-        if self.saved is None:
+        if not self._saved:
             return ""
-        return f"{self.saved + 1} of {len(self.plan.steps)} steps are saved; go on with: kinema resume {self.path}"
-
-
-def read_steps(path: Path) -> tuple[Plan, int, Step]:
-    """Return (plan, index of the seed, the step after which to go on) of a file that KeptSteps wrote.
-
-    Raises CheckpointError for another file, and where a file of the plan is no longer the one it was.
-    """
-    file = open_tensors(path)
-    if KEY not in file.metadata:
-        raise CheckpointError(
-            f"{path} holds no saved steps of Kinema",
-            f"name a file NAME{STEPS_SUFFIX} that Kinema left beside an output",
-            path=str(path),
-        )
-    state = json.loads(file.metadata[KEY])
-    plan = Plan.model_validate(state["plan"])
-    now = stamps(plan)
-    changed = [name for name, stamp in state["files"].items() if now.get(name) != stamp]
-    if changed:
-        raise CheckpointError(
-            f"{changed[0]} has changed since, so what follows would not belong to the steps that are done",
-            "put the file back, or make the video anew: kinema replay takes a plan",
-            path=changed[0],
-        )
-    memory = tuple(file.get(f"memory.{place}").clone() for place in range(len(file)))
-    return plan, int(state["index"]), Step(int(state["step"]), memory[0], memory[0], memory)
+        return f"{self._saved} of {len(self.plan.steps)} steps are saved; go on with: kinema resume {self.path}"
 
 
 def stamps(plan: Plan) -> dict[str, list[int]]:
@@ -95,3 +101,15 @@ def stamps(plan: Plan) -> dict[str, list[int]]:
             stat = path.stat()
             found[str(path)] = [stat.st_size, stat.st_mtime_ns]
     return found
+
+
+def refuse_changed(plan: Plan, before: Mapping[str, Sequence[int]]) -> None:
+    """Raise CheckpointError where a file of the plan is not the one whose stamps these are."""
+    now = stamps(plan)
+    changed = [name for name, stamp in before.items() if now.get(name) != stamp]
+    if changed:
+        raise CheckpointError(
+            f"{changed[0]} has changed since, so what follows would not belong to what is done",
+            "put the file back, or make the video anew: kinema replay takes a plan",
+            path=changed[0],
+        )

@@ -152,7 +152,9 @@ def test_doctor_never_fails(tiny: Cli, monkeypatch: pytest.MonkeyPatch):
     assert ran.code == 0
     for words in ("torch", "sdpa", "libx264", "free", "empty.toml", "flash_attn", "KINEMA_GUIDANCE"):
         assert words in ran.out, words
-    assert json.loads(tiny("doctor", "--json").out.splitlines()[-1])["attention"]["sdpa"].startswith("works")
+    found = json.loads(tiny("doctor", "--json").out.splitlines()[-1])
+    assert found["attention"]["sdpa"].startswith("works")
+    assert "512 MB" in found["encoded texts"] and "texts: may be deleted" in found["encoded texts"]
 
 
 def test_interactive_lives_through_errors(tiny: Cli, monkeypatch: pytest.MonkeyPatch):

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import kinema
 from kinema import ops
-from kinema.engine import KEPT_TEXTS, Engine, Meter, Stages
+from kinema.engine import Engine
 from kinema.errors import Cancelled, CheckpointError, KinemaError, NumericsError, OutputError, RequestError
 from kinema.media.video import probe, read_metadata, read_video
+from kinema.progress import Meter, Stages
 from kinema.schema import Plan, Preview, Progress, Request, Result
+from kinema.texts import KEPT
 from tiny_world import TinyWorld, picture
 
 MODELS = {
@@ -140,10 +142,10 @@ def test_long_prompt_is_cut_and_the_plan_says_so_before_anything_loads(engine: E
 
 def test_encoded_texts_do_not_pile_up(engine: Engine, ask, tmp_path: Path) -> None:
     plan = engine.plan(ask("tiny-t2v"))
-    for number in range(KEPT_TEXTS + 5):
-        engine._encode_texts(plan, [f"cat {number}", plan.negative])
-    assert len(engine._texts) == KEPT_TEXTS
-    assert (plan.text_encoder, plan.text_len, plan.negative) in engine._texts
+    for number in range(KEPT + 5):
+        engine._texts.encode(plan, [f"cat {number}", plan.negative], engine._models.get)
+    assert len(engine._texts) == KEPT
+    assert engine._texts.has(plan, [plan.negative, f"cat {KEPT}"]) and not engine._texts.has(plan, ["cat 0"])
 
 
 def test_a_folder_named_like_the_file_is_refused_before_anything_loads(engine: Engine, ask, tmp_path: Path) -> None:

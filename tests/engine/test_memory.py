@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.test_lora_runs import SHAPES
+from engine.test_quantised_runs import write_fp8
 from kinema.engine import Engine
-from kinema.runtime.blocks import BlockStream
+from kinema.residents import Residents
+from kinema.runtime.blocks import BlockStream, Ring, Unit
 from kinema.schema import Request, Result
+from kinema.weights.load import load, settle
+from lora_files import low_rank, write_lora
 from tiny_world import TinyWorld, picture
 
 MODELS = {"tiny-t2v": (), "tiny-t2v-two": (), "tiny-i2v-two": ("first",), "tiny-clip": ("first",), "tiny-ti2v": ()}
@@ -27,16 +33,20 @@ def engine(tiny_world: TinyWorld) -> Iterator[Engine]:
 def latents(engine: Engine, tmp_path: Path):
     """Latents of a request; media of the model are made up."""
 
-    def run(model: str, name: str = "x", **fields: object) -> torch.Tensor:
-        media = {role: picture(tmp_path / f"{role}.png") for role in MODELS[model]}
-        save = tmp_path / f"{name}.latents.safetensors"
-        request = Request(
-            model=model, prompt="a cat walks", seed=3, device="cpu", save=save, overwrite=True, **media, **fields
-        )
-        assert any(isinstance(event, Result) for event in engine.run(engine.plan(request)))
-        return load_file(save)["latents"]
+    return partial(run, engine, tmp_path)
 
-    return run
+
+def request(model: str, folder: Path, **fields: object) -> Request:
+    media = {role: picture(folder / f"{role}.png") for role in MODELS[model]}
+    save = folder / "x.latents.safetensors"
+    return Request(
+        model=model, prompt="a cat walks", seed=3, device="cpu", save=save, overwrite=True, **media, **fields
+    )
+
+
+def run(engine: Engine, folder: Path, model: str, **fields: object) -> torch.Tensor:
+    (result,) = (e for e in engine.run(engine.plan(request(model, folder, **fields))) if isinstance(e, Result))
+    return load_file(result.paths[0])["latents"]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -80,6 +90,94 @@ def test_what_does_not_fit_beside_a_stage_has_left_before_it(tiny_world: TinyWor
         output = plan.output.model_copy(update={"paths": ((tmp_path / "b.mp4",),)})
         seen = [len(engine._models) for _ in engine.run(tight.model_copy(update={"output": output}))]
         assert max(seen) == 1 or all(ref.stored == ref.dtype for ref in plan.experts.values())
+
+
+# --- the switch of experts -------------------------------------------------------------------------
+
+
+class Ways:
+    """In which order the blocks of both experts are copied, entered and left, as ("copy", "low 0") and so on."""
+
+    def __init__(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
+        self._engine, self._seen = engine, []
+        for owner, name, word in ((Unit, "enter", "enter"), (Unit, "leave", "leave")):
+            patch.setattr(owner, name, self._noting(getattr(owner, name), word))
+        claim = Ring._claim
+
+        def claiming(ring: Ring, unit: Unit, busy: object) -> object:
+            if all(slot.unit is not unit for slot in ring._slots):
+                self._seen.append(("copy", unit))
+            return claim(ring, unit, busy)
+
+        patch.setattr(Ring, "_claim", claiming)
+
+    def _noting(self, original, word: str):
+        def noting(unit: Unit, *args: object) -> None:
+            self._seen.append((word, unit))
+            original(unit, *args)
+
+        return noting
+
+    @property
+    def seen(self) -> list[tuple[str, str]]:
+        names = {}
+        for ref, module in self._engine._models._modules.items():
+            if isinstance(runner := getattr(module, "run_blocks", None), BlockStream):
+                expert = "high" if "high" in ref.files[0].name else "low"
+                names |= {unit: f"{expert} {index}" for index, unit in enumerate(runner.units)}
+        return [(word, names[unit]) for word, unit in self._seen if unit in names]
+
+
+SWITCHED = {
+    "both branches": {"guidance": 3.0},
+    "one branch": {"guidance": 1.0},
+    "lora": {"guidance": 3.0, "lora": "lora.safetensors:0.7"},
+    "rounded when loaded": {"guidance": 3.0, "quantise": "int8"},
+    "quantised files": {"guidance": 1.0, "dit": "low.safetensors", "dit_high": "high.safetensors"},
+}
+
+
+@pytest.mark.parametrize("case", SWITCHED)
+@pytest.mark.parametrize("planted", [False, True])
+def test_the_next_expert_comes_through_the_ring_while_the_last_one_computes(
+    tiny_world: TinyWorld, latents, tmp_path: Path, case: str, planted: bool
+) -> None:
+    """The planted fault is not to ask for it: the same bits, but its first block comes when it is wanted."""
+    fields = dict(SWITCHED[case])
+    if "lora" in fields:
+        write_lora(tmp_path / "lora.safetensors", "comfyui", low_rank(SHAPES))
+        fields["lora"] = f"{tmp_path}/{fields['lora']}"
+    for role, source in (("dit", "t2v"), ("dit_high", "t2v_high")):
+        if role in fields:
+            fields[role] = tmp_path / str(fields[role])
+            write_fp8(fields[role], load_file(tiny_world.file(f"diffusion_models/{source}.safetensors")))
+    want = latents("tiny-t2v-two", **fields)
+    for swap in (1, 2):
+        with Engine(tiny_world.settings) as engine, pytest.MonkeyPatch.context() as patch:
+            if planted:
+                patch.setattr(Residents, "follow", lambda *_: None)
+            ways = Ways(engine, patch)
+            got = run(engine, tmp_path, "tiny-t2v-two", blocks_to_swap=swap, **fields)
+            seen = ways.seen
+        assert torch.equal(got, want)
+        first = next(unit for word, unit in seen if word == "copy" and "low" in unit)
+        brought = seen.index(("copy", first))
+        left = max(index for index, (word, unit) in enumerate(seen) if word == "leave" and "high" in unit)
+        assert (brought < left) != planted
+        assert seen[brought:].index(("enter", first)) < [*seen[brought + 1 :], ("copy", first)].index(("copy", first))
+        assert seen.count(("copy", first)) <= sum(word == "enter" and unit == first for word, unit in seen) + 1
+
+
+def test_what_is_brought_early_takes_nothing_of_the_device(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    """The second expert holds none of its memory until the first one is gone; the device "meta" stands for it."""
+    with Engine(tiny_world.settings) as engine:
+        plan = engine.plan(request("tiny-t2v-two", tmp_path, blocks_to_swap=2))
+    low = plan.experts["low"].model_copy(update={"device": "meta"})
+    module = load(low)
+    assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+    inside = {id(tensor) for tensor in module.blocks.parameters()}
+    settle(module, low)
+    assert all(tensor.is_meta == (id(tensor) not in inside) for tensor in module.parameters())
 
 
 def test_plan_shows_what_was_asked(engine: Engine, tmp_path: Path) -> None:

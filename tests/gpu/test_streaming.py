@@ -5,11 +5,19 @@ None of this has been run yet: no CUDA device was at hand.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from engine.test_memory import Ways
+from kinema.engine import Engine
+from kinema.errors import MachineError
 from kinema.runtime.blocks import BlockStream, Ring
+from kinema.runtime.machine import keep_within
+from kinema.schema import Request, Result
+from tiny_world import TinyWorld
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -85,3 +93,60 @@ def test_copies_hide_behind_computation() -> None:
     runner = BlockStream([[block] for block in streamed], Ring("cuda"))
     assert seconds(lambda: runner(streamed, step, x)) < 1.1 * seconds(resident)
     runner.ring.close()
+
+
+def latents(engine: Engine, save: Path, **fields: object) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    request = Request.model_validate({"prompt": "a cat", "seed": 3, "device": "cuda", "save": save, **fields})
+    (result,) = (event for event in engine.run(engine.plan(request)) if isinstance(event, Result))
+    return load_file(result.paths[0])["latents"]
+
+
+def test_the_next_expert_comes_through_the_ring_at_the_switch(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    with Engine(tiny_world.settings) as engine:
+        want = latents(engine, tmp_path / "a.latents.safetensors", model="tiny-t2v-two")
+    with Engine(tiny_world.settings) as engine, pytest.MonkeyPatch.context() as patch:
+        ways = Ways(engine, patch)
+        got = latents(engine, tmp_path / "b.latents.safetensors", model="tiny-t2v-two", blocks_to_swap=2)
+        seen = ways.seen
+    assert torch.equal(got, want)
+    left = max(index for index, (word, unit) in enumerate(seen) if word == "leave" and "high" in unit)
+    assert seen.index(("copy", "low 0")) < left
+
+
+def test_tensors_keep_within_the_limit_and_no_longer_than_asked() -> None:
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved() + 2**28
+    with keep_within("cuda", room):
+        torch.empty(2**27, dtype=torch.uint8, device="cuda")
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**29, dtype=torch.uint8, device="cuda")
+    torch.empty(2**29, dtype=torch.uint8, device="cuda")
+
+
+def test_a_run_keeps_to_its_vram_on_a_larger_card(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    """Planned for 2 GB, a run that is then given more to do ends as it would on a card of 2 GB."""
+    with Engine(tiny_world.settings) as engine:
+        request = Request(model="tiny-t2v", prompt="a cat", device="cuda", vram=2_000_000_000, save=tmp_path / "x.mp4")
+        plan = engine.plan(request)
+        grabbed = []
+        with pytest.raises(MachineError) as caught:
+            for _ in engine.run(plan):
+                grabbed.append(torch.empty(2_000_000_000, dtype=torch.uint8, device="cuda"))
+        assert not grabbed and caught.value.details["have"] <= 2_000_000_000
+
+
+def test_vram_returns_to_its_baseline(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    with Engine(tiny_world.settings) as engine:
+
+        def job(number: int) -> int:
+            latents(engine, tmp_path / "x.latents.safetensors", model="tiny-t2v-two", steps=2, overwrite=True,
+                    blocks_to_swap=number % 3)  # fmt: skip
+            torch.cuda.synchronize()
+            return torch.cuda.memory_allocated()
+
+        first = [job(number) for number in range(12)][-3:]
+        last = [job(number) for number in range(300)][-3:]
+    assert max(last) <= max(first)
+    assert torch.cuda.memory_allocated() <= min(first)

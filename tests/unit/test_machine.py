@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from kinema.runtime import machine
 from kinema.runtime.machine import (
     PeakMemory,
     free_memory,
+    keep_within,
     peak_rss,
     probe_machine,
     read_calibration,
@@ -89,6 +91,25 @@ def test_peak_memory_lets_errors_through_and_is_reusable():
         1 / 0  # noqa: B018
     assert peak.bytes > 0 and PeakMemory._open == []
     assert peak_rss() > 10 * MEGABYTE
+
+
+def test_torch_is_held_to_a_limit_of_the_card_for_a_while(monkeypatch):
+    """The card is made up; what the cap does is held in tests/gpu."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("empty"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, index: asked.append((share, index))
+    )
+    with keep_within("cpu", 10**9), keep_within("cuda", 0):
+        assert not asked, "a CPU cannot be held, and 0 is no limit"
+    with pytest.raises(ZeroDivisionError), keep_within("cuda", 12 * 10**9):
+        assert asked == ["empty", (0.15, 1)]
+        1 / 0  # noqa: B018
+    assert asked[2:] == [(1.0, 1)]
+    with keep_within("cuda:0", 100 * 10**9):
+        assert asked[-1] == (1.0, 0)
 
 
 def test_calibration_round_trip(tmp_path):

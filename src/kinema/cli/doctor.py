@@ -42,6 +42,7 @@ def examine(configuration: Configuration) -> tuple[str, dict[str, Any]]:
         "codecs": _codecs(),
         "memory": _memory(),
         "disk": _disk(configuration.settings),
+        "encoded texts": _texts(configuration.settings),
         "settings": _settings(configuration),
         "extras": {name: _extra(name, change) for name, change in EXTRAS.items()},
         "notes": [note.text for note in configuration.notes],
@@ -117,6 +118,16 @@ def _memory() -> dict[str, str]:
 def _disk(settings: Settings) -> dict[str, str]:
     places = {"here": Path.cwd(), "cache": settings.cache, **{str(folder): folder for folder in settings.models}}
     return {name: f"{gigabytes(_free(path))} free" for name, path in places.items() if path is not None}
+
+
+def _texts(settings: Settings) -> str:
+    from kinema.text_cache import LIMIT, TextCache
+
+    if settings.cache is None:
+        return "kept in memory only"
+    cache = TextCache.within(settings.cache)
+    count, size = cache.size()
+    return f"{count}, {size / 1e6:.0f} of {LIMIT / 1e6:.0f} MB, in {cache.folder}: may be deleted at any time"
 
 
 def _free(path: Path) -> int:

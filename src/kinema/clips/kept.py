@@ -1,10 +1,12 @@
 """Finished clips on disk beside the output until the video is whole, so that a long job goes on where it stopped.
 
-One small latents file a clip, each carrying the plan: any of them says what the job was.
+One small latents file a clip, each carrying the plan: any of them says what the job was. Of the clip that is being
+sampled, the last saved step.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
@@ -14,10 +16,13 @@ from torch import Tensor
 
 from kinema import ops
 from kinema.errors import CheckpointError, OutputError
+from kinema.kept_steps import STEPS_SUFFIX, KeptSteps, refuse_changed, stamps
 from kinema.media.files import write_whole
 from kinema.schema import Plan
+from kinema.weights.files import open_tensors
 
 CLIPS_SUFFIX = ".clips"
+FILES_KEY = "kinema_files"
 NAME = re.compile(r"clip_(\d+)\.safetensors")
 
 
@@ -31,41 +36,60 @@ class KeptClips:
         self.plan, self.folder, self.latents = plan, folder, latents or []
 
     @classmethod
-    def open(cls, folder: Path) -> KeptClips:
-        """Return what a folder holds. Raises CheckpointError for one that is not of this kind, or has a gap."""
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{folder} is no folder of finished clips",
-                f"name a folder NAME{CLIPS_SUFFIX} that Kinema left beside an output",
-                path=str(folder),
-            )
-        numbers = sorted(int(match[1]) for path in folder.iterdir() if (match := NAME.fullmatch(path.name)))
+    def open(cls, folder: Path, to_go_on: bool = False) -> KeptClips:
+        """Return what a folder holds.
+
+        to_go_on   more will be made: then steps of the first clip are enough, and every file must be the one it was.
+
+        Raises CheckpointError for a folder that is not of this kind, or has a gap, and where a file has changed.
+        """
+        found = folder.iterdir() if folder.is_dir() else ()
+        numbers = sorted(int(match[1]) for path in found if (match := NAME.fullmatch(path.name)))
+        begun = folder / _name(1, STEPS_SUFFIX)
+        if to_go_on and not numbers and begun.exists():
+            return cls(KeptSteps.open(begun).plan, folder)
         if not numbers or numbers != list(range(1, len(numbers) + 1)):
-            found = f"clips {', '.join(map(str, numbers))}" if numbers else "no clips"
+            holds = f"clips {', '.join(map(str, numbers))}" if numbers else "no clips"
+            wrong = f"holds {holds}; finished clips are numbered from 1 on, without a gap"
             raise CheckpointError(
-                f"{folder} holds {found}; finished clips are numbered from 1 on, without a gap",
+                f"{folder} {wrong if folder.is_dir() else 'is no folder of finished clips'}",
                 f"name a folder NAME{CLIPS_SUFFIX} that Kinema left beside an output",
                 path=str(folder),
             )
         read = [ops.read_latents(folder / _name(number)) for number in numbers]
-        return cls(read[0][1], folder, [latents for latents, _ in read])
+        plan = read[0][1]
+        if to_go_on:
+            metadata = open_tensors(folder / _name(1)).metadata
+            refuse_changed(plan, json.loads(metadata.get(FILES_KEY, "{}")))
+        return cls(plan, folder, [latents for latents, _ in read])
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def steps(self) -> KeptSteps | None:
+        """Return the sampling of the next clip, behind the steps that are saved of it; None: nothing is written."""
+        if self.folder is None:
+            return None
+        path = self.folder / _name(len(self) + 1, STEPS_SUFFIX)
+        return KeptSteps.open(path) if path.exists() else KeptSteps(self.plan, 0, path)
 
     def add(self, latents_CFhw: Tensor) -> None:
         """Keep one more clip. Where the folder cannot be written to, a temporary one takes its place."""
         self.latents.append(latents_CFhw)
         if self.folder is None:
             return
-        data = ops.latents_bytes(latents_CFhw, self.plan)
         try:
-            write_whole(self.folder / _name(len(self)), data)
+            self._write(self.folder, len(self))
+            (self.folder / _name(len(self), STEPS_SUFFIX)).unlink(missing_ok=True)
         except OutputError:
             moved = Path(tempfile.mkdtemp(prefix="kinema-", suffix=CLIPS_SUFFIX))
-            for number, latents in enumerate(self.latents, 1):
-                write_whole(moved / _name(number), ops.latents_bytes(latents, self.plan))
+            for number in range(1, len(self) + 1):
+                self._write(moved, number)
             self.folder = moved
+
+    def _write(self, folder: Path, number: int) -> None:
+        files = {FILES_KEY: json.dumps(stamps(self.plan))}
+        write_whole(folder / _name(number), ops.latents_bytes(self.latents[number - 1], self.plan, files))
 
     def remove(self) -> None:
         """Drop the files: the video is whole."""
@@ -73,15 +97,13 @@ class KeptClips:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def hint(self) -> str:
-        """What to type so that nothing is lost; "" where no clip is finished."""
-        if self.folder is None or not self.latents:
+        """What to type so that nothing is lost; "" where nothing is kept."""
+        if self.folder is None or not self.folder.is_dir():
             return ""
-        return (
-            f"{len(self)} of {len(self.plan.clips)} clips are finished, in {self.folder}; "
-            f"go on with: kinema resume {self.folder}\n"
-            f"make a video of these alone with: kinema decode {self.folder}"
-        )
+        done = f"{len(self)} of {len(self.plan.clips)} clips are finished, in {self.folder}"
+        alone = f"\nmake a video of these alone with: kinema decode {self.folder}" if self.latents else ""
+        return f"{done}; go on with: kinema resume {self.folder}{alone}"
 
 
-def _name(number: int) -> str:
-    return f"clip_{number:04}.safetensors"
+def _name(number: int, suffix: str = ".safetensors") -> str:
+    return f"clip_{number:04}{suffix}"

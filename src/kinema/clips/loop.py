@@ -71,7 +71,8 @@ def make_clips(clips: Sequence[ClipPlan], task: ClipTask, sample: Sample, measur
     """
     history_THWC = task.opening()
     for number, clip in enumerate(clips):
-        before = task.before(number, history_THWC)
+        with measure("encode inputs"):
+            before = task.before(number, history_THWC)
         latents_CFhw = yield from sample(number, partial(task.conditions, number, clip, before))
         yield from task.notes()
         made: list[Tensor] = []

@@ -7,6 +7,7 @@ Knows nothing of models or plans.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import math
 import os
@@ -15,8 +16,8 @@ import re
 import secrets
 import sys
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -30,7 +31,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): resets VmHWM to what is resident now
 SAMPLE_SECONDS = 0.01
 LARGE_BLOCK = 2**22
-MEMORY_RAN_OUT = re.compile(r"can't allocate memory|out of memory|not enough memory")
+MEMORY_RAN_OUT = re.compile(r"can't allocate memory|out of memory|not enough memory|ALLOC_FAILED")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
@@ -175,14 +176,33 @@ def keep_large_blocks_apart() -> None:
         mallopt(M_TRIM_THRESHOLD, LARGE_BLOCK)
 
 
+@contextmanager
+def keep_within(device: str, limit: int) -> Iterator[None]:
+    """Have tensors on a GPU take no more than `limit` bytes within the block: more is out of memory, however large the
+    card. 0, or another device, which torch cannot be held to: no limit.
+    """
+    capped = torch.device(device)
+    if capped.type != "cuda" or not limit:
+        yield
+        return
+    index = torch.cuda.current_device() if capped.index is None else capped.index
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.empty_cache()  # what is reserved counts, used or not
+    torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, says that memory ran out, on any device."""
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
-        if isinstance(error, RuntimeError) and re.search(
-            r"can't allocate memory|out of memory|not enough memory", str(error)
-        ):
+        if isinstance(error, RuntimeError) and MEMORY_RAN_OUT.search(str(error)):
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # of mapping a file
             return True
         error = error.__cause__
     return False
