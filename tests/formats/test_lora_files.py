@@ -118,6 +118,26 @@ def test_flux_is_split_for_diffusers_and_joined_again(tmp_path: Path) -> None:
         assert torch.allclose(after, before, atol=1e-6)
 
 
+@pytest.mark.parametrize("to", ["diffusers", "comfyui", "onetrainer"])
+def test_the_attention_of_xlabs_is_three_parts(to: str, tmp_path: Path) -> None:
+    d = 8
+    down, up = random("xa", 2, d), random("xb", 3 * d, 2)
+    name = "single_blocks.0.processor.qkv_lora"
+    source = write(tmp_path / "a.safetensors", {f"{name}.down.weight": down, f"{name}.up.weight": up})
+    list(convert_lora(source, tmp_path / "b.safetensors", to))
+    made = load_file(tmp_path / "b.safetensors")
+    assert {n: t.shape[0] for n, t in made.items() if n.endswith(("lora_B.weight", "lora_up.weight"))} == (
+        {"diffusion_model.single_blocks.0.linear1.lora_B.weight": 7 * d}
+        if to == "comfyui"
+        else {n: d for n in made if "lora_B" in n or "lora_up" in n}
+    )
+    assert len(made) == (2 if to == "comfyui" else 6)
+    weight = torch.zeros(7 * d, d)
+    fusion = Fusion([LoraRef(path=tmp_path / "b.safetensors")], {"single_blocks.0.linear1.weight": (7 * d, d)})
+    found = fusion("single_blocks.0.linear1.weight", weight)
+    assert torch.allclose(found, torch.cat([up @ down, torch.zeros(4 * d, d)]), atol=1e-6)
+
+
 def test_conversion_refuses_to_lose_and_to_overwrite(tmp_path: Path) -> None:
     state = SPELLINGS["comfyui"](low_rank_lora(SHAPES))
     state["diffusion_model.blocks.0.self_attn.q.lora_C"] = torch.zeros(3)

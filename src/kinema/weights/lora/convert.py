@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kinema.errors import OutputError, RequestError
 from kinema.schema import Progress
-from kinema.weights.lora.dialects import DIALECTS, Dialect, module_in, spelled_parts
+from kinema.weights.lora.dialects import DIALECTS, MLP_PART, Dialect, module_in, spelled_parts
 from kinema.weights.lora.file import Change, LoraFile, read_lora
 from kinema.weights.writing import Written, in_memory, whole_file, write_tensors
 
@@ -98,7 +98,7 @@ def _spelled(lora: LoraFile, group: Sequence[Change], dialect: Dialect) -> Itera
         raise _cannot(lora, dialect, f"a DoRA of parts of {change.target}")
     parts: Mapping[int, tuple[int, int] | None] = {0: None}
     if dialect.words == "diffusers":
-        parts = {change.part: None} if change.fused else spelled_parts(change.target, lora.family, change.shape)
+        parts = _own_parts(change) if change.fused else spelled_parts(change.target, lora.family, change.shape)
     if not parts:
         raise _cannot(lora, dialect, what)
     for part, rows in parts.items():
@@ -117,6 +117,14 @@ def _spelled(lora: LoraFile, group: Sequence[Change], dialect: Dialect) -> Itera
                 yield _as_is(lora, change, role, f"{module}.{role_name}")
             yield from _alpha(lora, change, module)
         yield from _magnitude(lora, change, dialect, module)
+
+
+def _own_parts(change: Change) -> Mapping[int, tuple[int, int] | None]:
+    """The parts of a fused matrix that one change covers: its own, or three of XLabs' single blocks."""
+    if len(change.shape) < 2 or change.part == MLP_PART or change.shape[0] <= change.shape[1]:
+        return {change.part: None}
+    width = change.shape[1]
+    return {change.part + n: (n * width, width) for n in range(change.shape[0] // width)}
 
 
 def _difference(lora: LoraFile, change: Change, module: str) -> Written:
