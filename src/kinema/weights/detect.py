@@ -22,7 +22,7 @@ from kinema.weights.keys import Translation, components_of, translate
 from kinema.weights.quantised.layers import packable
 from kinema.weights.quantised.schemes import describe, open_weights
 from kinema.weights.quantised.stored import StoredPacked
-from kinema.weights.structure import FLOAT32_KEYS, MODELS, Shapes, build_for
+from kinema.weights.structure import DESCRIBE, FLOAT32_KEYS, MODELS, Shapes, build_for
 
 __all__ = ["components_in", "find_tokenizer", "inspect", "resolve_folder"]
 
@@ -60,7 +60,7 @@ def inspect(path: Path | str | Sequence[Path], component: Component | None = Non
         packed_bytes=sum(tensor.bytes for tensor in packed),
         matrix_parameters=sum(leaf.weight.numel() for leaf in matrices),
         matrix_width=math.gcd(*(leaf.in_features for leaf in matrices)),
-        structure=model.describe(config),
+        structure=DESCRIBE[translation.dialect.component](config),
         ignored=tuple(_counted(pattern, names) for pattern, names in translation.ignored.items()),
         has_tokenizer="spiece_model" in file or file.tokenizer is not None,
         name_suggests=name_suggests(file.path) if translation.dialect.component == "dit" else None,

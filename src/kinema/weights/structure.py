@@ -363,47 +363,27 @@ def describe_vae(config: Mapping[str, Any]) -> str:
     return f"Wan VAE {config['version']}, {config['dim']} wide, {config['z_dim']} latent channels{own}"
 
 
-def describe_text(config: Mapping[str, Any]) -> str:
-    return f"umT5 encoder {config['num_layers']} layers, {config['dim']} wide, {config['vocab']} tokens"
-
-
-def describe_clip(config: Mapping[str, Any]) -> str:
-    return f"CLIP vision encoder {config['num_layers']} layers, {config['dim']} wide, {config['image_size']} pixels"
-
-
-def describe_audio(config: Mapping[str, Any]) -> str:
-    return f"wav2vec2 encoder {config['num_layers']} layers, {config['dim']} wide"
-
-
-def describe_motion(config: Mapping[str, Any]) -> str:
-    return f"motion controller of a DiT {config['dim']} wide"
-
-
 def describe_flux(config: Mapping[str, Any]) -> str:
     blocks = f"{config['num_double']} double and {config['num_single']} single blocks, {config['dim']} wide"
     guidance = "guidance as an input" if config["has_guidance"] else "no guidance input"
     return f"FLUX.1 transformer {blocks}, in {config['in_channels']}, out {config['out_channels']}, {guidance}"
 
 
-def describe_flux_vae(config: Mapping[str, Any]) -> str:
-    return f"FLUX.1 autoencoder {config['dim']} wide, {config['z_dim']} latent channels"
-
-
-def describe_t5(config: Mapping[str, Any]) -> str:
-    return f"T5 encoder {config['num_layers']} layers, {config['dim']} wide, {config['vocab']} tokens"
-
-
-def describe_clip_text(config: Mapping[str, Any]) -> str:
-    return f"CLIP text encoder {config['num_layers']} layers, {config['dim']} wide, {config['vocab']} tokens"
-
-
-def describe_siglip(config: Mapping[str, Any]) -> str:
-    return f"SigLIP vision encoder {config['num_layers']} layers, {config['dim']} wide, {config['image_size']} pixels"
-
-
-def describe_redux(config: Mapping[str, Any]) -> str:
-    return f"FLUX.1 Redux embedder, {config['image_dim']} to {config['text_dim']} wide"
-
+DESCRIBE: dict[Component, Callable[[Mapping[str, Any]], str]] = {
+    "dit": describe_dit,
+    "vae": describe_vae,
+    "text_encoder": "umT5 encoder {num_layers} layers, {dim} wide, {vocab} tokens".format_map,
+    "clip_vision": "CLIP vision encoder {num_layers} layers, {dim} wide, {image_size} pixels".format_map,
+    "audio_encoder": "wav2vec2 encoder {num_layers} layers, {dim} wide".format_map,
+    "motion_controller": "motion controller of a DiT {dim} wide".format_map,
+    "flux_dit": describe_flux,
+    "flux_vae": "FLUX.1 autoencoder {dim} wide, {z_dim} latent channels".format_map,
+    "t5": "T5 encoder {num_layers} layers, {dim} wide, {vocab} tokens".format_map,
+    "clip_text": "CLIP text encoder {num_layers} layers, {dim} wide, {vocab} tokens".format_map,
+    "siglip": "SigLIP vision encoder {num_layers} layers, {dim} wide, {image_size} pixels".format_map,
+    "redux": "FLUX.1 Redux embedder, {image_dim} to {text_dim} wide".format_map,
+}
+"""What a configuration is in words."""
 
 WHAT: dict[Component, str] = {
     "dit": "a Wan DiT",
@@ -423,12 +403,11 @@ WHAT: dict[Component, str] = {
 
 @dataclass(frozen=True)
 class Model:
-    """How one component is recognised, built and described."""
+    """How one component is recognised and built."""
 
     config: Callable[[Shapes], dict[str, Any]]
     arguments: Callable[..., Any]
     module: Callable[[Any], nn.Module]
-    describe: Callable[[Mapping[str, Any]], str]
 
 
 FLOAT32_KEYS: dict[Component, Callable[[str], bool]] = {
@@ -439,18 +418,18 @@ FLOAT32_KEYS: dict[Component, Callable[[str], bool]] = {
 
 
 MODELS: dict[Component, Model] = {
-    "dit": Model(dit_config, WanConfig, WanDiT, describe_dit),
-    "vae": Model(vae_config, WanVAEConfig, WanVAE, describe_vae),
-    "text_encoder": Model(text_config, TextEncoderConfig, UMT5, describe_text),
-    "clip_vision": Model(clip_config, ClipVisionConfig, ClipVision, describe_clip),
-    "audio_encoder": Model(audio_config, Wav2VecConfig, Wav2Vec, describe_audio),
-    "motion_controller": Model(motion_config, MotionControllerConfig, MotionController, describe_motion),
-    "flux_dit": Model(flux_config, FluxConfig, FluxDiT, describe_flux),
-    "flux_vae": Model(flux_vae_config, FluxVAEConfig, FluxVAE, describe_flux_vae),
-    "t5": Model(t5_config, TextEncoderConfig, UMT5, describe_t5),
-    "clip_text": Model(clip_text_config, ClipTextConfig, ClipText, describe_clip_text),
-    "siglip": Model(siglip_config, SiglipConfig, Siglip, describe_siglip),
-    "redux": Model(redux_config, ReduxConfig, Redux, describe_redux),
+    "dit": Model(dit_config, WanConfig, WanDiT),
+    "vae": Model(vae_config, WanVAEConfig, WanVAE),
+    "text_encoder": Model(text_config, TextEncoderConfig, UMT5),
+    "clip_vision": Model(clip_config, ClipVisionConfig, ClipVision),
+    "audio_encoder": Model(audio_config, Wav2VecConfig, Wav2Vec),
+    "motion_controller": Model(motion_config, MotionControllerConfig, MotionController),
+    "flux_dit": Model(flux_config, FluxConfig, FluxDiT),
+    "flux_vae": Model(flux_vae_config, FluxVAEConfig, FluxVAE),
+    "t5": Model(t5_config, TextEncoderConfig, UMT5),
+    "clip_text": Model(clip_text_config, ClipTextConfig, ClipText),
+    "siglip": Model(siglip_config, SiglipConfig, Siglip),
+    "redux": Model(redux_config, ReduxConfig, Redux),
 }
 
 
