@@ -138,6 +138,22 @@ def test_the_attention_of_xlabs_is_three_parts(to: str, tmp_path: Path) -> None:
     assert torch.allclose(found, torch.cat([up @ down, torch.zeros(4 * d, d)]), atol=1e-6)
 
 
+def test_cores_and_shapes_go_along(tmp_path: Path) -> None:
+    core = {"lora_down.weight": random("d", 3, 16, 1, 1, 1), "lora_mid.weight": random("m", 3, 3, 1, 2, 2),
+            "lora_up.weight": random("u", 128, 3, 1, 1, 1), "alpha": torch.tensor(1.5)}  # fmt: skip
+    state = {f"lora_unet_patch_embedding.{name}": tensor for name, tensor in core.items()}
+    state |= {"lora_unet_blocks_0_ffn_0.lora_down.weight": random("a", 2, 128),
+              "lora_unet_blocks_0_ffn_0.lora_up.weight": random("b", 96, 2),
+              "lora_unet_blocks_0_ffn_0.reshape_weight": torch.tensor([96, 128])}  # fmt: skip
+    source = write(tmp_path / "a.safetensors", state)
+    list(convert_lora(source, tmp_path / "b.safetensors", "lightx2v"))
+    made = load_file(tmp_path / "b.safetensors")
+    assert len(made) == 7 and made["diffusion_model.blocks.0.ffn.0.reshape_weight"].tolist() == [96, 128]
+    assert same(changed(tmp_path / "b.safetensors"), changed(source))
+    with pytest.raises(RequestError, match=r"no place for the Tucker core of patch_embedding\.weight"):
+        list(convert_lora(source, tmp_path / "c.safetensors", "peft"))
+
+
 def test_conversion_refuses_to_lose_and_to_overwrite(tmp_path: Path) -> None:
     state = SPELLINGS["comfyui"](low_rank_lora(SHAPES))
     state["diffusion_model.blocks.0.self_attn.q.lora_C"] = torch.zeros(3)
@@ -215,26 +231,38 @@ def test_low_rank_of_a_large_matrix_is_near_the_best() -> None:
     assert torch.equal(low_rank(matrix, 6)[0], up), "the same at every run"
 
 
+FLUX_CHANGED = (
+    "double_blocks.0.img_attn.qkv.w",
+    "single_blocks.0.linear1.w",
+    "img_in.w",
+    "final_layer.adaLN_modulation.1.w",
+)
+
+
 @pytest.mark.parametrize("to", ["comfyui", "kohya", "onetrainer"])
 def test_a_lora_of_flux_comes_back_out(to: str, tmp_path: Path) -> None:
     """Fused matrices whole in official names, in three and four parts in diffusers'."""
     state = transformer("dev")
     tuned = {}
     for name, tensor in state.items():
-        changes = name.startswith(("double_blocks.0.img_attn.qkv.w", "single_blocks.0.linear1.w", "img_in.w"))
+        changes = name.startswith(FLUX_CHANGED)
         delta = random(name + "u", len(tensor), 2) @ random(name + "d", 2, tensor.shape[-1]) if changes else 0
         tuned[name] = tensor + delta
     tuned["single_blocks.0.norm.query_norm.scale"] = tuned["single_blocks.0.norm.query_norm.scale"] + 0.1
-    tuned["double_blocks.0.txt_attn.qkv.bias"] = tuned["double_blocks.0.txt_attn.qkv.bias"] + 0.2
+    for name in ("double_blocks.0.txt_attn.qkv.bias", "final_layer.adaLN_modulation.1.bias"):
+        tuned[name] = tuned[name] + torch.linspace(0, 1, len(tuned[name]))
     base, other = write(tmp_path / "base.safetensors", state), write(tmp_path / "tuned.safetensors", tuned)
     out = tmp_path / "lora.safetensors"
     found = run(extract(base, other, out, rank=4, to=to, dtype=torch.float32))
-    assert (found.matrices, found.others) == (3, 2) and found.lost < 1e-5
+    assert (found.matrices, found.others) == (4, 3) and found.lost < 1e-5
     assert read_lora(out).dialect == to and read_lora(out).family == "flux"
     fusion = Fusion([LoraRef(path=out)], {name: tuple(tensor.shape) for name, tensor in state.items()})
     changed = [name for name in state if name in fusion]
-    assert len(changed) == 5
+    assert len(changed) == 7
     assert all(torch.allclose(fusion(name, state[name]), tuned[name], atol=1e-5) for name in changed)
+    list(convert_lora(out, tmp_path / "again.safetensors", "onetrainer"))
+    again = Fusion([LoraRef(path=tmp_path / "again.safetensors")], {n: tuple(t.shape) for n, t in state.items()})
+    assert all(torch.allclose(again(name, state[name]), tuned[name], atol=1e-5) for name in changed)
 
 
 def test_extract_refuses_what_makes_no_lora(tmp_path: Path) -> None:

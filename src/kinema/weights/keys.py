@@ -31,6 +31,11 @@ from kinema.weights.keys_flux import FLUX_DIALECTS
 from kinema.weights.quantised.packed import Packed
 
 
+def exchanged(tensor: Tensor) -> Tensor:
+    """Return a tensor whose halves along axis 0 have changed places."""
+    return torch.cat(tuple(reversed(tensor.chunk(2))))
+
+
 @dataclass
 class Source:
     """File names by part, to be joined along axis 0, then put between axes of size 1."""
@@ -77,7 +82,7 @@ class Translation:
         parts = [file.get(name) for name in source.names]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if source.swap:
-            tensor = torch.cat(tuple(reversed(tensor.chunk(2))))
+            tensor = exchanged(tensor)
         return tensor.reshape((1,) * source.lead + tensor.shape + (1,) * source.tail)
 
     def is_one(self, official: str) -> bool:

@@ -12,11 +12,13 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kinema.errors import OutputError, RequestError
 from kinema.schema import Progress
-from kinema.weights.lora.dialects import DIALECTS, MLP_PART, Dialect, module_in, spelled_parts
+from kinema.weights.keys import exchanged
+from kinema.weights.lora.dialects import DIALECTS, MLP_PART, Dialect, module_in, spelled_parts, swaps
 from kinema.weights.lora.file import Change, LoraFile, read_lora
 from kinema.weights.writing import Written, in_memory, whole_file, write_tensors
 
@@ -103,14 +105,16 @@ def _spelled(lora: LoraFile, group: Sequence[Change], dialect: Dialect) -> Itera
         raise _cannot(lora, dialect, what)
     for part, rows in parts.items():
         module = module_in(change.target, dialect, lora.family, part)
-        if module is None or (rows is not None and (not is_lora or "magnitude" in change.tensors)):
+        swap = swaps(change.target, dialect, lora.family)
+        can_be_cut = {"down", "up", "full", "alpha"} >= change.tensors.keys() and change.algorithm != "set"
+        if module is None or ((rows or swap) and not can_be_cut):
             raise _cannot(lora, dialect, what)
         if change.algorithm == "diff":
-            yield _difference(lora, change, module)
+            yield _difference(lora, change, module, rows, swap)
         elif change.algorithm == "set":
             yield _as_is(lora, change, "full", f"{module}.set_weight")
         elif is_lora:
-            yield from _low_rank(lora, group, dialect, module, rows)
+            yield from _low_rank(lora, group, dialect, module, rows, swap)
         else:
             for role in sorted(change.tensors.keys() - {"alpha", "magnitude"}):
                 role_name = f"oft_{role}" if role == "blocks" else f"{FACTORS[change.algorithm]}{role}"
@@ -127,42 +131,48 @@ def _own_parts(change: Change) -> Mapping[int, tuple[int, int] | None]:
     return {change.part + n: (n * width, width) for n in range(change.shape[0] // width)}
 
 
-def _difference(lora: LoraFile, change: Change, module: str) -> Written:
-    ending = DIFF_ENDINGS.get(change.target.rpartition(".")[2], ".diff")
-    if (scale := lora.scale(change)) == 1:
-        return _as_is(lora, change, "full", module + ending)
-    return Written(module + ending, change.shape, torch.float32,
-                   lambda: iter((lora.tensor(change, "full").float() * scale,)))  # fmt: skip
+def _difference(lora: LoraFile, change: Change, module: str, rows: tuple[int, int] | None, swap: bool) -> Written:
+    name = module + DIFF_ENDINGS.get(change.target.rpartition(".")[2], ".diff")
+    return _scaled(name, lora, change, "full", lora.scale(change), rows, swap)
+
+
+def _scaled(
+    name: str, lora: LoraFile, change: Change, role: str, factor: float, rows: tuple[int, int] | None, swap: bool
+) -> Written:
+    """These rows of a tensor times a factor, in the order the dialect has them."""
+    stored = change.tensors[role]
+    # Halves and doubles are exact in any float; another scale would round the tensor once more.
+    dtype = lora.file.dtype(stored) if _is_exact(factor) else torch.float32
+    shape = lora.file.shape(stored) if rows is None else (rows[1], *lora.file.shape(stored)[1:])
+
+    def chunks() -> Iterator[Tensor]:
+        tensor = lora.tensor(change, role)
+        tensor = exchanged(tensor) if swap else tensor
+        tensor = tensor if rows is None else tensor.narrow(0, *rows)
+        yield tensor if factor == 1 else (tensor.float() * factor).to(dtype)
+
+    return Written(name, shape, dtype, chunks)
 
 
 def _low_rank(
-    lora: LoraFile, group: Sequence[Change], dialect: Dialect, module: str, rows: tuple[int, int] | None
+    lora: LoraFile, group: Sequence[Change], dialect: Dialect, module: str, rows: tuple[int, int] | None, swap: bool
 ) -> Iterator[Written]:
     change = group[0]
     if "mid" in change.tensors and not dialect.more:
         raise _cannot(lora, dialect, f"the Tucker core of {change.target}")
     if change.fused and dialect.words == "official":
         ranks = sum(lora.file.shape(part.tensors["down"])[0] for part in group)
-        down, up = (ranks, change.shape[1]), (_height(change), ranks)
+        down, up = (ranks, change.shape[1]), (_height(group), ranks)
         yield Written(module + dialect.down, down, torch.float32,
                       lambda: iter((torch.cat([lora.tensor(part, "down").float() for part in group]),)))  # fmt: skip
         yield Written(module + dialect.up, up, torch.float32, lambda: iter((_blocks(lora, group, up),)))
         return
-    factor = 1.0 if dialect.alpha else lora.scale(change)
-    # Halves and doubles are exact in any float; another scale would round the matrix once more.
-    dtype = lora.file.dtype(change.tensors["up"]) if _is_exact(factor) else torch.float32
-    shape = lora.file.shape(change.tensors["up"])
-    shape = shape if rows is None else (rows[1], *shape[1:])
-
-    def up_matrix() -> Iterator[Tensor]:
-        tensor = lora.tensor(change, "up")
-        tensor = tensor if rows is None else tensor.narrow(0, *rows)
-        yield tensor if factor == 1 else (tensor.float() * factor).to(dtype)
-
     yield _as_is(lora, change, "down", module + dialect.down)
-    if "mid" in change.tensors:
-        yield _as_is(lora, change, "mid", f"{module}.lora_mid.weight")
-    yield Written(module + dialect.up, shape, dtype, up_matrix)
+    more = {"mid": ".lora_mid.weight", "reshape": ".reshape_weight"} if dialect.more else {}
+    for role in sorted(more.keys() & change.tensors.keys()):
+        yield _as_is(lora, change, role, module + more[role])
+    factor = 1.0 if dialect.alpha else lora.scale(change)
+    yield _scaled(module + dialect.up, lora, change, "up", factor, rows, swap)
     if dialect.alpha:
         yield from _alpha(lora, change, module)
 
@@ -198,10 +208,12 @@ def _blocks(lora: LoraFile, group: Sequence[Change], shape: tuple[int, int]) -> 
     return whole
 
 
-def _height(change: Change) -> int:
-    """Rows of a fused matrix: as many times as wide as it has parts, of which FLUX's MLP counts for four."""
-    times = next(count for word, count in FUSED_HEIGHTS.items() if f".{word}." in change.target)
-    return change.shape[1] * times
+def _height(group: Sequence[Change]) -> int:
+    """Rows of a fused matrix: its width for each part, and as many as it has for FLUX's MLP, four times that if unknown."""
+    width = group[0].shape[1]
+    times = next(count for word, count in FUSED_HEIGHTS.items() if f".{word}." in group[0].target)
+    mlp = next((part for part in group if part.part == MLP_PART), None)
+    return MLP_PART * width + mlp.shape[0] if mlp else width * times
 
 
 def _as_is(lora: LoraFile, change: Change, role: str, name: str) -> Written:
@@ -227,14 +239,20 @@ def _prove(before: LoraFile, after: LoraFile, target: Path) -> None:
     wanted, found = _answers(before), _answers(after)
     same = wanted.keys() == found.keys() and not after.leftover
     for name in wanted if same else ():
-        limit = TOLERANCE * float(wanted[name].abs().max())
-        same = same and bool(((wanted[name] - found[name]).abs() <= max(limit, 1e-12)).all())
+        limit, rows = TOLERANCE * float(wanted[name].abs().max()), max(len(wanted[name]), len(found[name]))
+        difference = _padded(wanted[name], rows) - _padded(found[name], rows)
+        same = same and bool((difference.abs() <= max(limit, 1e-12)).all())
     if not same:
         raise OutputError(
             f"{target} was written and read back, and is not the same change: nothing was kept",
             "this is a fault of ours or of the disk: report it with the file's name",
             path=str(target),
         )
+
+
+def _padded(answer: Tensor, rows: int) -> Tensor:
+    """At least this many rows, zeros behind: where parts of a fused matrix do not change."""
+    return F.pad(answer, (0, 0, 0, max(0, rows - len(answer))))
 
 
 def _answers(lora: LoraFile) -> Mapping[str, Tensor]:
@@ -250,12 +268,13 @@ def _answers(lora: LoraFile) -> Mapping[str, Tensor]:
             columns = change.shape[0] if change.algorithm == "oft" else torch.Size(change.shape[1:]).numel()
             probe = torch.randn(PROBES, columns, generator=torch.Generator().manual_seed(columns))
             answer = branch.forward(probe, lambda x: x).T
-        height = _height(change) if change.fused and len(change.shape) == 2 else len(answer)
-        start, rows = change.rows(height) if change.fused else (0, height)
-        whole = torch.zeros(max(height, start + rows), answer.shape[1])
-        whole[start : start + rows] = answer
-        before = found.get(change.target, torch.zeros(()))
-        found[change.target] = before + whole
+        before = found.get(change.target, torch.zeros(0, answer.shape[1]))
+        start = change.part * len(answer)
+        if change.part == MLP_PART:  # behind the others: as wide as its columns each; of a bias those are there by now
+            start = MLP_PART * change.shape[1] if len(change.shape) > 1 else len(before)
+        whole = _padded(before, start + len(answer))
+        whole[start : start + len(answer)] += answer
+        found[change.target] = whole
         if "magnitude" in change.tensors:
-            found[f"{change.target} magnitude"] = lora.file.get(change.tensors["magnitude"]).float().flatten()
+            found[f"{change.target} magnitude"] = lora.file.get(change.tensors["magnitude"]).float().reshape(-1, 1)
     return found

@@ -272,9 +272,9 @@ def module_in(parameter: str, dialect: Dialect, family: Family, part: int = 0) -
 def spelled_parts(parameter: str, family: Family, shape: tuple[int, ...]) -> dict[int, tuple[int, int] | None]:
     """Return the parts diffusers has an official parameter in, each with its (first row, rows); None is all of it.
 
-    shape   of the whole change, [rows, columns]. Halves that change places are not spelled.
+    shape   of the whole change, [rows, columns].
     """
-    parts = [part for part, (rule, _) in _spelled(parameter, family).items() if not rule.swap]
+    parts = list(_spelled(parameter, family))
     if len(parts) < 2:
         return dict.fromkeys(parts)
     # The MLP is as wide as the file has it; of a bias, which does not tell, four times as wide as the rest.
@@ -282,6 +282,11 @@ def spelled_parts(parameter: str, family: Family, shape: tuple[int, ...]) -> dic
     if MLP_PART in parts and len(shape) > 1:
         width = shape[1]
     return {part: (part * width, shape[0] - MLP_PART * width if part == MLP_PART else width) for part in parts}
+
+
+def swaps(parameter: str, dialect: Dialect, family: Family) -> bool:
+    """Whether a dialect has the halves of an official parameter in the other order."""
+    return dialect.words == "diffusers" and any(rule.swap for rule, _ in _spelled(parameter, family).values())
 
 
 def _spelled(parameter: str, family: Family) -> dict[int, tuple[Rule, str]]:

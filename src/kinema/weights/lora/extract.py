@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kinema.errors import OutputError, RequestError
 from kinema.schema import Component, Progress
+from kinema.weights.keys import exchanged
 from kinema.weights.lora.convert import DIFF_ENDINGS, check_target, dialect_of
-from kinema.weights.lora.dialects import Dialect, Family, module_in, spelled_parts
+from kinema.weights.lora.dialects import Dialect, Family, module_in, spelled_parts, swaps
 from kinema.weights.lora.file import read_lora
 from kinema.weights.lora.weights import Weights
 from kinema.weights.writing import Written, whole_file, write_tensors
@@ -103,7 +104,7 @@ def _written(
         module = module_in(name, dialect, family, part)
         assert module is not None, f"a part of {name} without a name"
         start, height = rows or (0, shape[0])
-        cut = partial(_rows, change, start, height)
+        cut = partial(_rows, change, start, height, swaps(name, dialect, family))
         if matrix:
             yield from _pair(module, (height, shape[1]), cut, dialect, rank, dtype)
         else:
@@ -112,8 +113,8 @@ def _written(
                           lambda cut=cut: iter((cut().to(dtype),)))  # type: ignore[misc]  # fmt: skip
 
 
-def _rows(change: Callable[[], Tensor], start: int, height: int) -> Tensor:
-    return change().narrow(0, start, height)
+def _rows(change: Callable[[], Tensor], start: int, height: int, swap: bool) -> Tensor:
+    return (exchanged(change()) if swap else change()).narrow(0, start, height)
 
 
 def _pair(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kinema.errors import CheckpointError
 from kinema.weights.files import TensorFile, open_tensors
+from kinema.weights.keys import exchanged
 from kinema.weights.lora.branches import (
     Branch,
     Decomposed,
@@ -139,7 +140,7 @@ class LoraFile:
     def tensor(self, change: Change, role: str) -> Tensor:
         """Return one tensor of a change, mapped, its rows in the official order."""
         tensor = self.file.get(change.tensors[role])
-        return torch.cat(tuple(reversed(tensor.chunk(2)))) if change.swap and role in OUTWARD else tensor
+        return exchanged(tensor) if change.swap and role in OUTWARD else tensor
 
     def branch(self, change: Change, weight: Tensor | None, dtype: torch.dtype, device: torch.device | str) -> Branch:
         """Return the change as a module.
