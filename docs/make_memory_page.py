@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -40,7 +42,18 @@ ROWS: dict[str, tuple[dict[str, str], tuple[str, ...], dict[str, MediaFacts]]] =
         ("832x448", "1024x704"),
         {"reference": IMAGE, "audio": SOUND},
     ),
+    "wan2.2-animate-14b": (
+        {"dit": "wan2.2_animate_14B", "clip_vision": "clip_vision_h_official"},
+        ("832x480", "1280x720"),
+        {"reference": IMAGE, "pose": CLIP, "face": CLIP.model_copy(update={"width": 512, "height": 512})},
+    ),
     "wan2.1-vace-14b": ({"dit": "wan2.1_vace_14B"}, ("832x480", "1280x720"), {"control": CLIP}),
+    "flux.1-dev": (
+        {"dit": "flux1_dev", "vae": "flux1_ae", "text_encoder": "t5xxl_encoder_transformers",
+         "clip_text": "clip_l_transformers"},
+        ("1024x1024", "2048x1536"),
+        {},
+    ),
 }  # fmt: skip
 
 
@@ -49,51 +62,62 @@ def facts_of(layout: str, folder: Path, role: str) -> FileFacts:
     return inspect(write_sparse(folder / f"{role}-{layout}.safetensors", manifest(layout)))
 
 
-def plan_on(model: str, size: str, card: int, folder: Path) -> Plan:
-    """Return the plan of a model on a card of so many GB, beside 64 GB of host memory; MachineError where none fits."""
-    layouts, _, media = ROWS[model]
-    entry = load_catalog()[model]
+def request_of(model: str, **fields: object) -> Request:
+    inputs = {field: facts.path for field, facts in ROWS[model][2].items()}
+    return Request(model=model, prompt="a cat walks on grass", seed=1, **inputs, **fields)
+
+
+def plan_on(request: Request, card: int, folder: Path) -> Plan:
+    """Return the plan of a request on a card of so many GB, beside 64 GB on the host; MachineError where none fits."""
+    layouts, _, media = ROWS[request.model]
     all_layouts = {"vae": "wan2.1_vae", "text_encoder": "umt5_xxl_encoder_official", **layouts}
     files = {role: facts_of(layout, folder, role) for role, layout in all_layouts.items()}
     machine = Machine(
         device="cuda", name="the card", memory_total=card * 10**9, memory_free=card * 10**9,
         ram_total=64 * 10**9, ram_free=60 * 10**9,
     )  # fmt: skip
-    inputs = {field: facts.path for field, facts in media.items()}
-    request = Request(model=model, prompt="a cat walks on grass", size=size, seed=1, **inputs)
     facts = Facts(files=files, media={field: (one,) for field, one in media.items()}, machine=machine)
-    return make_plan(request, entry, facts)
+    return make_plan(request, load_catalog()[request.model], facts)
 
 
-def told(model: str, size: str, card: int, folder: Path) -> str:
+Answer = Plan | MachineError
+
+
+def answers(folder: Path) -> dict[tuple[str, str, int], Answer]:
+    """Return what planning answers, by model, size and card."""
+    found: dict[tuple[str, str, int], Answer] = {}
+    for model, (_, sizes, _) in ROWS.items():
+        for size, card in itertools.product(sizes, CARDS):
+            try:
+                found[model, size, card] = plan_on(request_of(model, size=size), card, folder)
+            except MachineError as error:
+                found[model, size, card] = error
+    return found
+
+
+def told(answer: Answer) -> str:
     """Return one cell: how the DiT is held, what else was chosen, and the highest peak; or what fits instead."""
-    try:
-        plan = plan_on(model, size, card, folder)
-    except MachineError as error:
-        return "no: " + (" or ".join(error.details["fits"]) or "nothing smaller fits")
-    expert = next(iter(plan.experts.values()))
-    count = len(block_parameters(expert))
-    stay = "all blocks stay" if expert.resident_blocks is None else f"{expert.resident_blocks} of {count} blocks stay"
-    more = [stay]
-    more += ["text encoder streamed"] if plan.text_encoder.resident_blocks is not None else []
-    more += ["VAE cache on the host"] if plan.vae_cache == "cpu" else []
-    more += [f"tiles of {plan.tile}"] if plan.tile else []
-    return f"{', '.join(more)}; {max(cost.peak_bytes for cost in plan.costs) / 1e9:.1f} GB"
+    if isinstance(answer, MachineError):
+        return "no: " + (" or ".join(answer.details["fits"]) or "nothing smaller fits")
+    expert = next(iter(answer.experts.values()))
+    count, stay = len(block_parameters(expert)), expert.resident_blocks
+    said = ["all blocks stay" if stay is None else f"{stay} of {count} blocks stay"]
+    said += ["text encoder streamed"] if answer.text_encoder.resident_blocks is not None else []
+    said += ["VAE cache on the host"] if answer.vae_cache == "cpu" else []
+    said += [f"tiles of {answer.tile}"] if answer.tile else []
+    return f"{', '.join(said)}; {max(cost.peak_bytes for cost in answer.costs) / 1e9:.1f} GB"
 
 
-def tables() -> str:
+def tables(found: Mapping[tuple[str, str, int], Answer]) -> str:
     text = MARK
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for model, (_, sizes, _) in ROWS.items():
-            text += f"\n### {model}\n\n| card | {' | '.join(sizes)} |\n|---|{'---|' * len(sizes)}\n"
-            for card in CARDS:
-                cells = " | ".join(told(model, size, card, folder) for size in sizes)
-                text += f"| {card} GB | {cells} |\n"
-    facts_of.cache_clear()
+    for model, (_, sizes, _) in ROWS.items():
+        text += f"\n### {model}\n\n| card | {' | '.join(sizes)} |\n|---|{'---|' * len(sizes)}\n"
+        for card in CARDS:
+            text += f"| {card} GB | {' | '.join(told(found[model, size, card]) for size in sizes)} |\n"
     return text
 
 
 if __name__ == "__main__":
     page = PAGE.read_text()
-    PAGE.write_text(page[: page.index(MARK)] + tables())
+    with tempfile.TemporaryDirectory() as name:
+        PAGE.write_text(page[: page.index(MARK)] + tables(answers(Path(name))))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,21 @@ from torch.utils._pytree import tree_leaves
 from kinema.models.adapters import motion
 from kinema.models.adapters.animate import AnimateState
 from kinema.models.adapters.motion import FaceReader
+from kinema.models.flux import FluxConfig, FluxDiT
+from kinema.models.flux import stays_float32 as flux_stays_float32
+from kinema.models.flux_vae import FluxVAE, FluxVAEConfig
 from kinema.models.wan import WanConfig, WanDiT, stays_float32
-from kinema.models.wan_config import AnimateConfig, CameraConfig, VaceConfig
+from kinema.models.wan_config import AnimateConfig, CameraConfig, ReferenceConfig, SpeechConfig, VaceConfig
 from kinema.models.wan_vae import WanVAE, WanVAEConfig
-from kinema.planning import activations
-from kinema.tensors import CameraConditions, Conditions, VaceConditions
+from kinema.planning import activations, flux_cost
+from kinema.tensors import (
+    CameraConditions,
+    Conditions,
+    FluxConditions,
+    ReferenceConditions,
+    SpeechConditions,
+    VaceConditions,
+)
 
 
 class Live(TorchDispatchMode):
@@ -145,6 +157,93 @@ def test_faces_on_their_way_through_the_motion_encoder(frames: int) -> None:
             reader(faces[: motion.FACES_AT_ONCE])
     assert activations.FACES_AT_ONCE == motion.FACES_AT_ONCE
     assert activations.face_bytes(dataclasses.asdict(config), frames) == pytest.approx(live.peak, rel=0.06)
+
+
+F_, H_, W_ = 21, 60, 104
+GIVEN: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
+    "clean": ({}, lambda: {"clean_BCFhw": torch.empty(1, 16, 1, H_, W_)}),
+    "vace": ({"vace": VaceConfig((0, 1))}, lambda: {"vace": VaceConditions(torch.empty(1, 96, F_, H_, W_))}),
+    "camera": (
+        {"camera": CameraConfig()}, lambda: {"camera": CameraConditions([torch.empty(1, 24, 8 * H_, 8 * W_)] * F_)}
+    ),
+    "reference": (
+        {"reference": ReferenceConfig(16)}, lambda: {"reference": ReferenceConditions(torch.empty(1, 16, H_, W_))}
+    ),
+    "speech": (
+        {"speech": SpeechConfig((0, 1))},
+        lambda: {
+            "speech": SpeechConditions(
+                torch.empty(1, 25, 1024, 4 * F_), torch.empty(1, 16, 1, H_, W_), torch.empty(1, 16, 19, H_, W_),
+                torch.empty(1, 16, F_, H_, W_),
+            )
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("adapter", GIVEN)
+def test_dit_with_what_adapters_add_and_keep(adapter: str, parts: int) -> None:
+    structure, given = GIVEN[adapter]
+    with torch.inference_mode(), torch.device("meta"):
+        config = WanConfig(
+            dim=5120, ffn_dim=13824, num_layers=2, in_channels=16, out_channels=16, text_dim=512, **structure
+        )
+        fields = dataclasses.asdict(config)
+        tokens = F_ * H_ * W_ // 4 + activations.tokens_beside(fields, H_, W_, motion=True)
+        dit = WanDiT(config).requires_grad_(False).eval()
+        dit.attention, dit.ffn_tokens = flash, None if parts == 1 else -(-tokens // parts)
+        for name, parameter in dit.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if stays_float32(name) else torch.bfloat16)
+        conditions, x = Conditions((torch.empty(40, 512),), **given()), torch.empty(1, 16, F_, H_, W_)
+        with Live() as live:
+            context = dit.prepare(conditions)
+            kept, live.peak = live.now, live.now
+            stream = dit._enter(x, torch.empty(1), context)
+            assert stream.tokens_BLD.shape[1] == tokens
+            timesteps = len(stream.segments)
+            del stream
+            dit(x, torch.empty(1), context)
+    rows = context.kv[0][0].shape[2]
+    predicted = activations.dit_bytes(fields, tokens, rows, 2, ffn_tokens=dit.ffn_tokens, timesteps=timesteps)
+    predicted += activations.adapter_bytes(fields, tokens, 2)
+    assert predicted == pytest.approx(live.peak, rel=0.06), f"{kept / 1e9:.2f} GB kept"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cells", "branches"), [("bfloat16", 128, 1), ("bfloat16", 64, 2), ("float32", 128, 1)]
+)
+def test_flux(dtype: str, cells: int, branches: int) -> None:
+    with torch.inference_mode(), torch.device("meta"):
+        config = FluxConfig(num_double=2, num_single=2)
+        dit = FluxDiT(config).requires_grad_(False).eval()
+        dit.attention = flash
+        for name, parameter in dit.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if flux_stays_float32(name) else getattr(torch, dtype))
+        told = Conditions((torch.empty(512, 4096),), flux=FluxConditions(torch.empty(1, 768), 3.5))
+        contexts = [dit.prepare(told) for _ in range(branches)]
+        x, timesteps = torch.empty(1, 16, 1, cells, cells), torch.empty(1)
+        with Live() as live:
+            dit(x, timesteps, *contexts)
+    size = 2 if dtype == "bfloat16" else 4
+    predicted = flux_cost.transformer_bytes(dataclasses.asdict(config), cells**2 // 4, 512, size, branches=branches)
+    assert predicted == pytest.approx(live.peak, rel=0.06)
+
+
+@pytest.mark.parametrize("tile", [None, 48])
+@pytest.mark.parametrize("decoder", [False, True])
+def test_flux_autoencoder(decoder: bool, tile: int | None) -> None:
+    rows, columns = 96, 128
+    with torch.inference_mode(), torch.device("meta"):
+        config = FluxVAEConfig()
+        vae = FluxVAE(config).requires_grad_(False).eval()
+        latents, image = torch.empty(1, 16, 1, rows, columns), torch.empty(1, 3, 1, 8 * rows, 8 * columns)
+        pixels = None if tile is None else 8 * tile
+        with Live() as live:
+            made = list(vae.decode_chunks(latents, tile=pixels)) if decoder else vae.encode(image, tile=pixels)
+    del made
+    predicted = flux_cost.autoencoder_bytes(dataclasses.asdict(config), rows, columns, 4, decoder=decoder, tile=tile)
+    assert predicted == pytest.approx(live.peak, rel=0.06)
 
 
 @pytest.mark.parametrize(("version", "rows", "columns", "chunk"), [("2.1", 60, 104, 1), ("2.1", 90, 160, 2),

@@ -57,7 +57,7 @@ def test_dit(clip):
     prepared, context = counted(model.prepare, conditions)
     forward, _ = counted(model, torch.zeros(1, 16, 3, 6, 8), torch.zeros(1), context)
     clip_tokens = 257 if clip else 0
-    assert forward == pytest.approx(cost.dit_flops(asdict(config), 3, 6, 8, 24, clip_tokens), rel=1e-3)
+    assert forward == pytest.approx(cost.dit_flops(asdict(config), 36, 24 + clip_tokens), rel=1e-3)
     assert prepared == pytest.approx(cost.context_flops(asdict(config), 24, clip_tokens), rel=1e-3)
 
 
@@ -92,9 +92,9 @@ VAE_22 = VAE | {"version": "2.2", "dim": 160, "dec_dim": 256, "z_dim": 48}
 
 def test_published_sizes():
     """TFLOPs worked out elsewhere for the full models."""
-    assert cost.dit_flops(DIT_14B, 21, 60, 104, 512) == pytest.approx(1678e12, rel=0.01)
-    assert cost.dit_flops(DIT_14B, 21, 90, 160, 512) == pytest.approx(6523e12, rel=0.01)
-    assert cost.dit_flops(DIT_5B, 31, 44, 80, 512) == pytest.approx(517e12, rel=0.01)
+    assert cost.dit_flops(DIT_14B, 21 * 30 * 52, 512) == pytest.approx(1678e12, rel=0.01)
+    assert cost.dit_flops(DIT_14B, 21 * 45 * 80, 512) == pytest.approx(6523e12, rel=0.01)
+    assert cost.dit_flops(DIT_5B, 31 * 22 * 40, 512) == pytest.approx(517e12, rel=0.01)
     assert cost.vae_decode_flops(VAE_21, 21, 60, 104) == pytest.approx(275e12, rel=0.02)
     assert cost.vae_encode_flops(VAE_21, 21, 60, 104) == pytest.approx(164e12, rel=0.02)
     assert cost.vae_decode_flops(VAE_22, 31, 44, 80) == pytest.approx(2011e12, rel=0.02)

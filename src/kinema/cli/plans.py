@@ -80,14 +80,23 @@ def _memory(plan: Plan) -> list[str]:
     said = [f"within {gigabytes(plan.limits.device)}"] if plan.limits.device else []
     if plan.device != "cpu" and plan.limits.host:
         said.append(f"{gigabytes(plan.limits.host)} on the host")
-    said += [f"{stay} of {count} blocks of the DiT stay, the others are streamed"] if stay is not None else []
+    if stay is not None:
+        said.append(f"{stay} of {count} blocks of the DiT stay, the others are streamed")
+    elif plan.device != "cpu":
+        said.append(f"all {count} blocks of the DiT stay")
     said += [f"feed-forward {expert.ffn_tokens} tokens at a time"] if expert.ffn_tokens else []
     said += ["text encoder streamed"] if encoder.resident_blocks is not None else []
     said += ["text encoder on the CPU"] if encoder.device == "cpu" and plan.device != "cpu" else []
     said += ["VAE cache on the host"] if plan.vae_cache == "cpu" else []
     said += [f"VAE in tiles of {plan.tile} pixels"] if plan.tile else []
-    given = ", ".join("--" + field.replace("_", "-") for field in plan.limits.given)
+    said += [f"VAE takes {plan.chunk} latent frames at a time"] if plan.chunk > 1 else []
+    given = ", ".join(_asked(plan, field) for field in plan.limits.given)
     return [*said, f"as asked: {given}"] if given else said
+
+
+def _asked(plan: Plan, field: str) -> str:
+    value = getattr(plan.request, field)
+    return f"--{field.replace('_', '-')} {gigabytes(value) if field in ('vram', 'ram') else value}"
 
 
 def _files(plan: Plan) -> Table:

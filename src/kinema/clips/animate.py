@@ -101,7 +101,7 @@ def clip_channels(
     overlap = 0 if before_CTHW is None else before_CTHW.shape[1]
     if before_CTHW is not None:
         known_CTHW = torch.cat([before_CTHW, known_CTHW[:, overlap:]], dim=1)
-    latents_BCFhw = vae.encode(known_CTHW[None].to(vae.latent_mean.device), chunk=chunk, tile=tile)
+    latents_BCFhw = vae.encode(known_CTHW[None], chunk=chunk, tile=tile)
     size = latents_BCFhw.shape[3:]
     keep_Thw = torch.zeros(known_CTHW.shape[1], *size)
     if driving.person_THW is not None:
@@ -162,7 +162,7 @@ class AnimateClips:
         driving = self.videos.take(back_and_forth(self.plan.frames, clip.start, clip.frames))
         self._notes = list(_told_empty(number, clip, driving.person_THW))
         channels_BCFhw = torch.cat([self.reference_BCFhw, clip_channels(vae, driving, before, chunk, tile)], dim=2)
-        pose_BCFhw = vae.encode(driving.pose_CTHW[None].to(vae.latent_mean.device), chunk=chunk, tile=tile)
+        pose_BCFhw = vae.encode(driving.pose_CTHW[None], chunk=chunk, tile=tile)
         return branches_of(self.texts, self.clip_BVD, channels_BCFhw, pose_BCFhw, driving.face_CTHW)
 
     def notes(self) -> Iterable[Note]:

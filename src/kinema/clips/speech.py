@@ -129,9 +129,8 @@ class SpeechClips:
         return self._encode(torch.cat([pose_CTHW[:, :1], pose_CTHW], dim=1))[:, :, 1:]
 
     def _encode(self, video_CTHW: Tensor) -> Tensor:
-        vae = self.vae
-        video_BCTHW = video_CTHW[None].to(vae.latent_mean.device)
-        return vae.encode(video_BCTHW, chunk=self.plan.chunk, tile=self.plan.tile).cpu()
+        # From the host, chunk by chunk: whole clips would take gigabytes of a card.
+        return self.vae.encode(video_CTHW[None], chunk=self.plan.chunk, tile=self.plan.tile).cpu()
 
 
 @torch.inference_mode()

@@ -370,10 +370,13 @@ class FluxDiT(nn.Module):
         contexts      of several guidance branches, all of which pass a block before the next one's turn.
         """
 
-        def step(block: nn.Module, index: int, streams: tuple[FluxStream, ...]) -> tuple[FluxStream, ...]:
-            return tuple(block(stream) for stream in streams)
+        def step(block: nn.Module, index: int, streams: list[FluxStream]) -> list[FluxStream]:
+            for branch in range(len(streams)):
+                # In place, so that no branch's tokens of before live on beside the next branch's.
+                streams[branch] = block(streams[branch])
+            return streams
 
-        streams = tuple(self.embed(x_BCFhw, timesteps_B, context) for context in contexts)
+        streams = [self.embed(x_BCFhw, timesteps_B, context) for context in contexts]
         return torch.cat([self.unembed(stream) for stream in self.run_blocks(self.blocks, step, streams)])
 
     def unembed(self, stream: FluxStream) -> Tensor:

@@ -22,26 +22,40 @@ FACES_AT_ONCE = 8
 # --- the DiT ---------------------------------------------------------------------------------------
 
 
+def tokens_beside(config: Config, rows: int, columns: int, *, motion: bool) -> int:
+    """Return how many tokens adapters put before or behind the video's, for latents of so many rows and columns.
+
+    motion   whether S2V is shown the frames before the clip, packed: see models.adapters.speech.FramePacker.
+    """
+    frame = (rows // 2) * (columns // 2)
+    if not config.get("speech"):
+        return frame if config.get("reference") else 0
+    return frame + motion * (frame + (rows // 4) * (columns // 4) + 4 * (rows // 8) * (columns // 8))
+
+
 def dit_bytes(
-    config: Config, tokens: int, text_rows: int, dtype_bytes: int, *, branches: int = 1, ffn_tokens: int | None = None
-) -> float:
+    config: Config, tokens: int, text_rows: int, dtype_bytes: int, *, branches: int = 1, ffn_tokens: int | None = None,
+    timesteps: int = 1,
+) -> float:  # fmt: skip
     """Return bytes of one forward: the tokens of every branch that passes a block together, and one block's work.
 
     tokens      all of them, those of adapters included.
     text_rows   rows that keys and values are kept of, for all blocks; give the sum over branches.
+    timesteps   different ones that tokens see: where there are several, rows are modulated in parts and joined.
     """
     d, ffn, h = config["dim"], config["ffn_dim"], dtype_bytes
     real = 4 if h == 2 else 8  # what a rotation computes in
     rotation = 4 * h * d + 2 * real * d  # input, queries, keys, turned keys; keys as real pairs, and those turned
-    residual = (12 + h) * d  # tokens before and after, what is added, and that in float32
+    residual = (12 + h + 4 * (timesteps > 1)) * d  # tokens before and after, what is added, and that in float32
     part = min(1.0, (ffn_tokens or tokens) / tokens)
     hidden = part * 2 * ffn * h
     joined = (h if part == 1 else 2 * h) * d
     feed_forward = 4 * d + h * d + max(hidden + (joined - h * d), joined)
     rope = 8 * HEAD_DIM if h == 4 else 4 * HEAD_DIM
     side = 4 * d + (4 * d if config.get("vace") else 0)
+    hinted = (4 + h) * d if config.get("vace") else 0  # a side block runs before its main block has let go
     constant = 2 * text_rows * config["num_layers"] * d * h
-    return float(tokens * (branches * (side + rope) + max(rotation, residual, feed_forward)) + constant)
+    return float(tokens * (branches * (side + rope) + max(rotation, residual, feed_forward) + hinted) + constant)
 
 
 def adapter_bytes(config: Config, tokens: int, dtype_bytes: int) -> float:
@@ -104,10 +118,11 @@ def vae_bytes(
     levels = _Levels(config, chunk, decoder)
     fullest = max(levels.moments())
     remembered = 0 if history_elsewhere or (rows, columns) != (height, width) else levels.history
-    frames, pixels = chunk * levels.stride, 3 * levels.scale**2
-    # The picture as it enters or leaves: copies to patch, clamp, scale and reorder it.
-    picture = height * width * pixels * frames * 4 * (4 if decoder else 3)
-    return float(rows * columns * dtype_bytes * (fullest + remembered) + picture)
+    picture = 4 * height * width * chunk * levels.stride * 3 * levels.scale**2
+    # Beside the fullest layer the pictures of the piece before, or this one's; at the border copies to patch, clamp and
+    # reorder them.
+    inside, border = fullest * rows * columns * dtype_bytes + 2 * picture, (4 if decoder else 3) * picture
+    return float(rows * columns * dtype_bytes * remembered + max(inside, border))
 
 
 def vae_history_bytes(config: Config, height: int, width: int, dtype_bytes: int, *, decoder: bool) -> float:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from kinema.planning import flux_cost, memory
+from kinema.planning.flux import rows_beside
 from kinema.planning.flux_cost import is_flux
 from kinema.planning.inputs import encoded_latent_frames, encodes
 from kinema.schema import Machine, Plan, StageCost, calibration_key
@@ -48,15 +49,19 @@ def work(plan: Plan) -> dict[str, float]:
             amounts["encode images"] += seen * clip_flops(plan.clip_vision.config)
     first = plan.experts[plan.steps[0].expert]
     amounts["load"] = float(first.parameters * memory.BYTES[first.dtype])
-    clip_tokens = max(seen, 1) * clip_tokens_of(plan.clip_vision.config) if plan.clip_vision else 0
-    dit = {
-        expert: dit_flops(ref.config, frames, height, width, plan.text_len, clip_tokens)
-        for expert, ref in plan.experts.items()
-    }
-    amounts["sample"] = sum(dit[step.expert] * (1 if step.guidance == 1.0 else 2) for step in plan.steps)
+    amounts["sample"] = sum(step_work(plan))
     history = (plan.speech.history_frames + 3) // 4 if plan.speech else 0  # decoded again, for the VAE to see
     amounts["decode"] = vae_decode_flops(plan.vae.config, frames + history - plan.reference_frames, height, width)
     return amounts
+
+
+def step_work(plan: Plan) -> tuple[float, ...]:
+    """Return the FLOPs of each denoising step: those without guidance run one branch."""
+    seen = max(1, sum(image.clip for image in plan.images))
+    clip_tokens = seen * clip_tokens_of(plan.clip_vision.config) if plan.clip_vision else 0
+    rows = rows_beside(plan) if plan.flux else plan.text_len + clip_tokens
+    dit = {expert: dit_flops(ref.config, plan.tokens, rows) for expert, ref in plan.experts.items()}
+    return tuple(dit[step.expert] * (1 if step.guidance == 1.0 else 2) for step in plan.steps)
 
 
 def predict_seconds(amount: float, calibration: Mapping[str, float], stage: str) -> float | None:
@@ -72,28 +77,29 @@ def predict_seconds(amount: float, calibration: Mapping[str, float], stage: str)
 # --- operations ----------------------------------------------------------------------------------
 
 
-def dit_flops(config: Config, frames: int, height: int, width: int, text_rows: int, clip_tokens: int = 0) -> float:
+def dit_flops(config: Config, tokens: int, rows: int) -> float:
     """Return FLOPs of one forward of one branch, context already prepared.
 
-    frames, height, width  of the latents; a token is 1x2x2 of them.
-    text_rows              rows of text that are attended.
+    tokens   all of them, those of adapters included.
+    rows     of text and CLIP tokens that are attended.
     """
-    tokens = _tokens(config, frames, height, width)
     if is_flux(config):
-        return flux_cost.transformer_flops(config, tokens, text_rows)
+        return flux_cost.transformer_flops(config, tokens, rows)
     d, ffn = config["dim"], config["ffn_dim"]
     matrices = 12 * tokens * d * d + 4 * tokens * d * ffn  # q k v o, cross q o, feed-forward
-    attention = 4 * tokens * d * (tokens + text_rows + clip_tokens)
+    attention = 4 * tokens * d * (tokens + rows)
     edges = 8 * tokens * d * (config["in_channels"] + config["out_channels"])
     time = 2 * d * (config.get("freq_dim", 256) + 7 * d)
-    return float(config["num_layers"] * (matrices + attention) + edges + time)
+    hints = len((config.get("vace") or {}).get("layers", ()))
+    blocks = (config["num_layers"] + hints) * (matrices + attention) + hints * 2 * tokens * d * d
+    return float(blocks + _listening(config) * 4 * tokens * d * d + edges + time)
 
 
-def _tokens(config: Config, frames: int, height: int, width: int) -> int:
-    """Tokens of a forward, those that S2V puts behind the video's among them: a reference, and packed motion."""
-    cells = height * width
-    behind = cells // 4 + cells // 4 + cells // 16 + 4 * (cells // 64) if config.get("speech") else 0
-    return frames * (height // 2) * (width // 2) + behind
+def _listening(config: Config) -> int:
+    """How many times in a forward all tokens attend to sound, or to a face: a handful of rows each."""
+    animate = config.get("animate")
+    faces = config["num_layers"] // animate["interval"] if animate else 0
+    return faces + len((config.get("speech") or {}).get("layers", ()))
 
 
 def context_flops(config: Config, text_rows: int, clip_tokens: int = 0) -> float:

@@ -19,6 +19,7 @@ from kinema.schema import (
     ImagePlan,
     ModelRef,
     Note,
+    Plan,
     Request,
 )
 
@@ -135,6 +136,14 @@ def flux_images(
                 ImagePlan(role=role, path=media.path, width=width, height=height, crop=False, filter="lanczos")
             )
     return tuple(plans)
+
+
+def rows_beside(plan: Plan) -> int:
+    """Return how many rows an image's tokens attend to beside their own: of text, and of the reference images."""
+    flux, shown = plan.flux, [image for image in plan.images if image.role == "reference"]
+    if flux is not None and flux.siglip is not None:
+        return plan.text_len + len(shown) * (flux.siglip.config["image_size"] // flux.siglip.config["patch_size"]) ** 2
+    return plan.text_len + sum(image.width * image.height // MULTIPLE**2 for image in shown)
 
 
 def kontext_size(width: int, height: int, picture: tuple[int, int]) -> tuple[int, int]:

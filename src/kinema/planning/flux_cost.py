@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
+from kinema.planning.activations import HEAD_DIM, tile_cells
+
 Config = Mapping[str, Any]
 
 
@@ -28,11 +30,20 @@ def transformer_flops(config: Config, tokens: int, text_rows: int) -> float:
     return float(double + single + edges + 4 * d * d + 2 * d * (256 + d))
 
 
-def transformer_bytes(config: Config, tokens: int, text_rows: int, dtype_bytes: int) -> float:
-    """Return bytes above the weights at the fullest moment of a forward: a single block's fused matrices."""
-    d, mlp = config["dim"], config["mlp_dim"]
-    row = 12 * d + (3 * d + mlp) * dtype_bytes + (d + 2 * mlp) * dtype_bytes + 8 * d
-    return float((tokens + text_rows) * row)
+def transformer_bytes(config: Config, tokens: int, text_rows: int, dtype_bytes: int, *, branches: int = 1) -> float:
+    """Return bytes above the weights at the fullest moment of a forward.
+
+    That is in a single block, of all rows, where attention and hidden rows join; or in a double one, whose image rows
+    pass their feed-forward while queries, keys and values of both streams are still there.
+    branches   of guidance whose rows pass a block together.
+    """
+    d, mlp, h = config["dim"], config["mlp_dim"], dtype_bytes
+    real = 4 if h == 2 else 8  # what a rotation computes in
+    rows = tokens + text_rows
+    single = 8 * d + max(h * (7 * d + 3 * mlp), h * (7 * d + mlp) + 2 * real * d)
+    double = rows * (4 + 9 * h) * d + tokens * (8 * d + h * d + 2 * h * mlp)
+    waiting = 4 * d + 2 * real * HEAD_DIM  # the stream of a branch, with its rotations
+    return float(max(rows * single, double) + branches * rows * waiting - rows * 4 * d)
 
 
 def autoencoder_flops(config: Config, cells: int, *, decoder: bool) -> float:
@@ -42,10 +53,32 @@ def autoencoder_flops(config: Config, cells: int, *, decoder: bool) -> float:
     return float(cells * (convolutions + 8 * deepest**2 + 4 * deepest * cells))
 
 
-def autoencoder_bytes(config: Config, cells: int, dtype_bytes: int, *, decoder: bool) -> float:
-    """Return bytes above the weights at the fullest layer: a block's input, its norm, and its output."""
-    fullest = max(area * (2 * i + o) for i, o, _, area in _convolutions(config, decoder))
-    return float(1.5 * cells * dtype_bytes * fullest)
+def autoencoder_bytes(
+    config: Config, rows: int, columns: int, dtype_bytes: int, *, decoder: bool, tile: int | None = None
+) -> float:
+    """Return bytes above the weights at the fullest layer, for latents of rows x columns.
+
+    tile   edge in latent cells of the tiles they are cut into.
+    """
+    cells = tile_cells(rows, tile) * tile_cells(columns, tile)
+    scale = 2 ** (len(config["dim_mult"]) - 1)
+    picture = 4 * 3 * rows * columns * scale**2  # once beside the fullest layer; four copies on its way in or out
+    return float(max(cells * dtype_bytes * max(_moments(config, decoder)) + picture, 4 * picture))
+
+
+def _moments(config: Config, decoder: bool) -> Iterator[float]:
+    """Yield what is alive level by level, in values for each latent cell. What enters a level lives until its end."""
+    mult, count = config["dim_mult"], config["num_res_blocks"] + decoder
+    levels = [config["dim"] * m for m in mult]
+    dims = [levels[-1], *reversed(levels)] if decoder else [levels[0], *levels]
+    area = 1.0 if decoder else 4.0 ** (len(mult) - 1)
+    for level, (entered, dim) in enumerate(pairwise(dims)):
+        yield area * max(3 * entered, entered + 3 * dim)
+        if count > 1:
+            yield area * (entered + 4 * dim)
+        if level < len(mult) - 1:
+            yield area * (entered + dim * (9 if decoder else 2.25))
+            area *= 4 if decoder else 0.25
 
 
 def _convolutions(config: Config, decoder: bool) -> Iterator[tuple[int, int, int, int]]:

@@ -11,7 +11,9 @@ from typing import Any, get_args
 
 from kinema.errors import MachineError, RequestError
 from kinema.planning import activations, flux_cost
+from kinema.planning.flux import rows_beside
 from kinema.planning.flux_cost import is_flux
+from kinema.planning.geometry import SPEECH_MULTIPLE
 from kinema.planning.inputs import encodes
 from kinema.planning.quantisation import unpacking_bytes
 from kinema.schema import Expert, Limits, Machine, ModelRef, Note, Plan, Quantise, Request, StageCost
@@ -21,11 +23,17 @@ CPU_BASE = 400_000_000  # Python, torch and its libraries
 HOST_BASE = 2_000_000_000  # the same beside a GPU, whose libraries take more
 CONTEXT = 600_000_000  # of a GPU, before the first tensor
 USABLE = 0.95  # of what is left: caching allocators leave gaps
-CPU_WORKSPACE = 1.08  # what CPU libraries take inside an operation, at most; measured, see docs/log.md
+CPU_LIBRARIES = 15_000_000  # what they keep once used: code made for this CPU, holes between small blocks
+CPU_WORKSPACE = 1.04  # what they take inside an operation beside its tensors; both measured, see docs/log.md
 CLIP_TOKENS = 257  # of one image
+WAITING_CHUNKS = 3  # of frames: two in the queue before a file's writer, and the one it writes
+TEXT_ENCODERS = ("text_encoder", "t5")
 ROUNDED_ON_LOAD = get_args(Quantise)
-FIELDS = ("vram", "ram", "dtype", "blocks_to_swap", "text_encoder_on", "ffn_tokens", "vae_cache", "tile", "chunk")
-"""Request fields by which a user decides how memory is used."""
+FREED = ("blocks_to_swap", "text_encoder_on", "ffn_tokens", "vae_cache", "tile")
+"""Request fields by which a user decides what the plan would choose otherwise."""
+
+FIELDS = ("vram", "ram", "dtype", "quantise", "quantise_text_encoder", *FREED, "chunk")
+"""All by which a user decides how memory is used."""
 
 Variants = Iterator[Plan]
 
@@ -41,7 +49,7 @@ def block_parameters(ref: ModelRef) -> tuple[int, ...]:
     d = config["dim"]
     if ref.component == "dit":
         return (int(8 * d * d + 2 * d * config["ffn_dim"] + 20 * d),) * int(config["num_layers"])
-    if ref.component == "text_encoder":
+    if ref.component in TEXT_ENCODERS:
         return (int(4 * d * config["dim_attn"] + 3 * d * config["ffn_dim"]),) * int(config["num_layers"])
     return ()
 
@@ -57,7 +65,7 @@ def held_bytes(ref: ModelRef) -> int:
         edges = float32 * (0 if ref.stored == "float32" else 4)
     if ref.resident_blocks is None:
         return round(edges + (0 if mapped else sum(blocks) * each) + ref.lora_bytes)
-    if ref.component == "text_encoder":
+    if ref.component in TEXT_ENCODERS:
         edges = 0  # its table stays on the host, as its file stores it
     staying = 0 if mapped else ref.resident_blocks * sum(blocks) / max(len(blocks), 1)
     slots = min(2, len(blocks) - ref.resident_blocks) and 2
@@ -120,13 +128,14 @@ def leaving(loaded: Sequence[ModelRef], used: Sequence[ModelRef], need: float, l
 def stages(plan: Plan) -> dict[str, list[tuple[ModelRef, float]]]:
     """Return for each stage, in order, the models it runs one after the other, and bytes of activations of each."""
     found = {"encode text": [(plan.text_encoder, _text(plan))]}
+    seeing = [(plan.clip_vision, activations.clip_bytes(plan.clip_vision.config))] if plan.clip_vision else []
     if plan.flux is not None:
         found["encode text"].append((plan.flux.clip_text, 0.0))
+        seeing = [(ref, 0.0) for ref in (plan.flux.siglip, plan.flux.redux) if ref]
     if plan.motion is not None:
         found["encode text"].append((plan.motion.controller, 0.0))
     if encodes(plan):
-        clip = [(plan.clip_vision, activations.clip_bytes(plan.clip_vision.config))] if plan.clip_vision else []
-        found["encode images"] = [*clip, (plan.vae, _vae(plan, decoder=False))]
+        found["encode images"] = [*seeing, (plan.vae, _vae(plan, decoder=False))]
     if plan.clips:  # encoded clip by clip
         found["encode inputs"] = found.pop("encode images", [])
     if plan.audio_encoder and plan.sound:
@@ -160,7 +169,7 @@ def costs(plan: Plan) -> tuple[StageCost, ...]:
         found.append(
             StageCost(
                 stage=stage,
-                peak_bytes=round(peak + (CPU_BASE if plan.device == "cpu" else 0)),
+                peak_bytes=round(peak + (CPU_BASE + CPU_LIBRARIES if plan.device == "cpu" else 0)),
                 host_bytes=round(host) if plan.device != "cpu" else 0,
                 mapped_bytes=sum(mapped_bytes(ref) for ref, _ in uses),
             )
@@ -188,18 +197,28 @@ def _host(plan: Plan, loaded: Sequence[ModelRef], ref: ModelRef, need: float) ->
             activations.vae_history_bytes(ref.config, *plan.latent[2:], BYTES[ref.dtype], decoder=decoder)
             for decoder in (False, True)
         )
-    pictures = (
-        12.0 * _frames_at_once(plan) * plan.height * plan.width if encodes(plan) and ref.component == "vae" else 0.0
-    )
+    pictures = max(_pictures(plan, decoder=decoder) for decoder in (False, True)) if ref == plan.vae else 0.0
     rings = max((ring_bytes(other) for other in loaded), default=0)
     return HOST_BASE + on_host + (need if ref.device == "cpu" else 0) + rings + history + pictures
 
 
-def _frames_at_once(plan: Plan) -> int:
-    """Frames that are held together: all of them, or those of a clip and the ones it goes on from."""
-    if not plan.clips:
-        return plan.frames
-    return plan.clips[0].frames + (plan.speech.history_frames if plan.speech else 0)
+def _pictures(plan: Plan, *, decoder: bool) -> float:
+    """Bytes of frames on the host while the VAE works: 12 a pixel, 4 a pixel of a mask. See conditioning and clips."""
+    area = plan.height * plan.width
+    clip = plan.clips[0].frames if plan.clips else 0
+    if decoder:
+        made = clip + (plan.speech.history_frames if plan.speech else 0) if len(plan.clips) > 1 else 0
+        return 12.0 * area * (made + WAITING_CHUNKS * min(4 * plan.chunk, plan.frames))
+    if plan.speech is not None:
+        before = plan.speech.history_frames
+        return 12.0 * area * (before + max(before, 2 * clip if plan.speech.pose else 0))
+    if plan.animate is not None:
+        faces = next(12.0 * video.width * video.height for video in plan.videos if video.role == "face")
+        return clip * (area * (24.0 + 16.0 * plan.animate.replaces) + faces)
+    roles = {video.role for video in plan.videos}
+    vace = any(ref.config.get("vace") for ref in plan.experts.values())
+    each = 16.0 * bool(vace or plan.concat) + 24.0 * vace + 12.0 * bool({"control", "source"} & roles and not vace)
+    return area * plan.frames * each
 
 
 def _workspace(plan: Plan) -> float:
@@ -221,40 +240,38 @@ def _rows(plan: Plan, text: str) -> int:
 
 def _vae(plan: Plan, *, decoder: bool) -> float:
     _, _, rows, columns = plan.latent
-    if is_flux(plan.vae.config):
-        return flux_cost.autoencoder_bytes(plan.vae.config, rows * columns, BYTES[plan.vae.dtype], decoder=decoder)
     tile = plan.tile // (plan.height // rows) if plan.tile else None
+    if is_flux(plan.vae.config):
+        size = BYTES[plan.vae.dtype]
+        taken = flux_cost.autoencoder_bytes(plan.vae.config, rows, columns, size, decoder=decoder, tile=tile)
+        return taken * _workspace(plan)
     elsewhere = plan.vae_cache == "cpu" and plan.device != "cpu"
     taken = activations.vae_bytes(
         plan.vae.config, rows, columns, BYTES[plan.vae.dtype],
         decoder=decoder, chunk=plan.chunk, tile=tile, history_elsewhere=elsewhere,
     )  # fmt: skip
-    video = 12 * _frames_at_once(plan) * plan.height * plan.width if plan.device == "cpu" and not decoder else 0
-    return taken * _workspace(plan) + video
+    return taken * _workspace(plan) + (_pictures(plan, decoder=decoder) if plan.device == "cpu" else 0)
 
 
 def _dit(plan: Plan, ref: ModelRef) -> float:
-    both = any(step.guidance != 1.0 for step in plan.steps)
-    together = both and ref.resident_blocks is not None
-    rows = _rows(plan, plan.prompt) + (_rows(plan, plan.negative) if both else 0)
+    branches = 2 if any(step.guidance != 1.0 for step in plan.steps) else 1
+    together = branches if ref.resident_blocks is not None else 1
     if is_flux(ref.config):
-        each = flux_cost.transformer_bytes(ref.config, plan.tokens, plan.text_len, BYTES[ref.dtype])
-        return each * _workspace(plan) + unpacking_bytes(ref, plan.tokens + plan.text_len)
+        beside = rows_beside(plan)
+        taken = flux_cost.transformer_bytes(ref.config, plan.tokens, beside, BYTES[ref.dtype], branches=together)
+        return taken * _workspace(plan) + unpacking_bytes(ref, plan.tokens + beside)
     seen = max(1, sum(image.clip for image in plan.images)) if plan.clip_vision else 0
-    rows += (2 if both else 1) * seen * CLIP_TOKENS
+    rows = _rows(plan, plan.prompt) + (_rows(plan, plan.negative) if branches == 2 else 0)
     taken = activations.dit_bytes(
-        ref.config, _tokens(plan, ref), rows, BYTES[ref.dtype], branches=2 if together else 1, ffn_tokens=ref.ffn_tokens
-    )
-    taken += (2 if both else 1) * activations.adapter_bytes(ref.config, _tokens(plan, ref), BYTES[ref.dtype])
+        ref.config, plan.tokens, rows + branches * seen * CLIP_TOKENS, BYTES[ref.dtype],
+        branches=together, ffn_tokens=ref.ffn_tokens,
+        timesteps=2 if plan.first_frame == "overwrite" or ref.config.get("speech") else 1,
+    )  # fmt: skip
+    posed = plan.speech is None or plan.speech.pose is not None
+    taken += branches * activations.adapter_bytes(ref.config, plan.tokens, BYTES[ref.dtype]) * posed
     if ref.config.get("animate"):  # faces are read before the first step
-        taken = max(taken, activations.face_bytes(ref.config["animate"], _frames_at_once(plan)))
-    return taken * _workspace(plan) + unpacking_bytes(ref, ref.ffn_tokens or _tokens(plan, ref))
-
-
-def _tokens(plan: Plan, ref: ModelRef) -> int:
-    """Tokens of the video and of what adapters put before and behind it, in latent frames."""
-    more = 1 if ref.config.get("reference") else 4 if ref.config.get("speech") else 0
-    return plan.tokens + more * plan.tokens // plan.latent[1]
+        taken = max(taken, activations.face_bytes(ref.config["animate"], plan.clips[0].frames))
+    return taken * _workspace(plan) + unpacking_bytes(ref, ref.ffn_tokens or plan.tokens)
 
 
 # --- choosing --------------------------------------------------------------------------------------
@@ -272,7 +289,7 @@ def fit(plan: Plan, request: Request, machine: Machine) -> Plan:
     fitted = _fitted(plan, request)
     if shortfall(fitted):
         raise _refusal(fitted, plan, request, machine)
-    notes = _notes(fitted, request)
+    notes = _notes(fitted, request, machine)
     return fitted.model_copy(update={"notes": (*fitted.notes, *notes)})
 
 
@@ -382,9 +399,8 @@ def _each_expert(plan: Plan, **update: Any) -> Plan:
 def _decoders(plan: Plan, request: Request) -> Variants:
     """Whole frames; with what the VAE remembers on the host; in tiles, the largest first."""
     yield plan
-    if is_flux(plan.vae.config):
-        return
-    if request.vae_cache is None and plan.device != "cpu":
+    remembers = not is_flux(plan.vae.config)
+    if remembers and request.vae_cache is None and plan.device != "cpu":
         plan = plan.model_copy(update={"vae_cache": "cpu"})
         yield plan
     if request.tile is None:
@@ -394,8 +410,13 @@ def _decoders(plan: Plan, request: Request) -> Variants:
             yield plan.model_copy(update={"tile": cells * stride})
 
 
-def _notes(plan: Plan, request: Request) -> list[Note]:
+def _notes(plan: Plan, request: Request, machine: Machine) -> list[Note]:
     notes = []
+    for flag, there in (("vram", machine.memory_total), ("ram", machine.ram_total)):
+        asked = getattr(request, flag)
+        if asked and there and asked > there:
+            text = f"--{flag} {asked / 1e9:.1f} GB is more than the {there / 1e9:.1f} GB here: a plan for elsewhere"
+            notes.append(Note(about=flag, text=text))
     if plan.tile and request.tile is None:
         text = f"whole frames do not fit: decoded in tiles of {plan.tile} pixels, which changes them a little at seams"
         notes.append(Note(about="tile", text=text))
@@ -433,7 +454,7 @@ def device_need(plan: Plan, cost: StageCost) -> int:
 def nearest(plan: Plan, request: Request) -> list[str]:
     """Return what to type instead, each way really computed: without own settings, fewer frames, a smaller size."""
     found = []
-    own = [field for field in plan.limits.given if field not in ("vram", "ram", "dtype", "chunk")]
+    own = [field for field in FREED if field in plan.limits.given]
     if own:
         freed = request.model_copy(update=dict.fromkeys(own))
         bare = plan.model_copy(update={"tile": None, "vae_cache": "device"})
@@ -444,7 +465,7 @@ def nearest(plan: Plan, request: Request) -> list[str]:
     frames = _largest(fewer, lambda n: resized(plan, n, plan.width, plan.height), request)
     if frames is not None:
         found.append(f"--frames {frames}")
-    step = 2 * (plan.height // plan.latent[2])
+    step = SPEECH_MULTIPLE if plan.speech else 2 * (plan.height // plan.latent[2])
     sides = range(plan.width - step, step - 1, -step)
     width = _largest(sides, lambda w: resized(plan, plan.frames, w, _beside(plan, w, step)), request)
     if width is not None:
@@ -472,8 +493,10 @@ def resized(plan: Plan, frames: int, width: int, height: int) -> Plan:
     """Return the plan for another shape, as far as memory is concerned."""
     stride = plan.height // plan.latent[2]
     latent = (plan.latent[0], (frames - 1) // 4 + 1, height // stride, width // stride)
-    cells = plan.latent[1] * plan.latent[2] * plan.latent[3]
-    tokens = round(plan.tokens * latent[1] * latent[2] * latent[3] / cells)
+    area = latent[2] * latent[3] / (plan.latent[2] * plan.latent[3])
+    per_frame = plan.latent[2] * plan.latent[3] // 4
+    beside = plan.tokens - plan.latent[1] * per_frame  # of adapters
+    tokens = round(area * (beside + latent[1] * per_frame))
     shape = {"frames": frames, "width": width, "height": height, "latent": latent, "tokens": tokens}
     return plan.model_copy(update=shape)
 

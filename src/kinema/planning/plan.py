@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from kinema.errors import RequestError
+from kinema.planning.activations import tokens_beside
 from kinema.planning.animate import check_animate, plan_animated
 from kinema.planning.camera import plan_camera
 from kinema.planning.checks import MEDIA_FIELDS, check_components, check_media
@@ -83,7 +84,8 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     precision: Precision = request.precision or "fast"
     loras = plan_loras(request, entry, facts, notes)
     entry = with_preset(entry, loras.preset)
-    tokens = _tokens(latent, facts.files["dit"])
+    motion = driven is not None and (len(driven.clips) > 1 or request.start_from_reference)
+    tokens = _tokens(latent, facts.files["dit"], motion)
     shift = _shift(request, entry, width * height, tokens)
     boundary = _boundary(request, entry)
     strength = plan_strength(request, entry, notes)
@@ -153,10 +155,10 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     return fitted.model_copy(update={"costs": estimate(fitted, facts.machine)})
 
 
-def _tokens(latent: tuple[int, int, int, int], dit: FileFacts) -> int:
-    """Tokens of the noise, and of the frame in front of it where a reference image has its own."""
+def _tokens(latent: tuple[int, int, int, int], dit: FileFacts, motion: bool) -> int:
+    """Tokens of the noise, and of what adapters put beside it."""
     _, frames, rows, columns = latent
-    return (frames + bool(dit.config.get("reference"))) * (rows // PATCH) * (columns // PATCH)
+    return frames * (rows // PATCH) * (columns // PATCH) + tokens_beside(dit.config, rows, columns, motion=motion)
 
 
 def _task(request: Request, entry: CatalogEntry) -> str:
