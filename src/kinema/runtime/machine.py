@@ -30,7 +30,7 @@ from kinema.schema import Machine, calibration_key
 CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): resets VmHWM to what is resident now
 SAMPLE_SECONDS = 0.01
-LARGE_BLOCK = 2**22
+LARGE_BLOCK = 2**20
 MEMORY_RAN_OUT = re.compile(r"can't allocate memory|out of memory|not enough memory|ALLOC_FAILED")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
