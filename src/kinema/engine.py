@@ -30,7 +30,7 @@ from kinema.kept_steps import STEPS_SUFFIX, KeptSteps
 from kinema.media.files import write_whole
 from kinema.models.wan_vae import WanVAE
 from kinema.planning import make_plan, memory
-from kinema.planning.cost import work
+from kinema.planning.cost import step_work, work
 from kinema.planning.inputs import encodes
 from kinema.progress import Meter, Run
 from kinema.residents import BackgroundHashes, Residents
@@ -168,7 +168,8 @@ class Engine:
 
     def _make_one(self, run: Run, conditions: Mapping[Branch, Conditions], steps: KeptSteps) -> Iterator[Event]:
         """One seed. Its saved steps stay until all of it is written."""
-        meter = Meter("sample", len(run.plan.steps) - steps.done, run.plan.seeds[0])
+        left = step_work(run.plan)[steps.done :]
+        meter = Meter("sample", len(left), run.plan.seeds[0], left)
         start_BCFhw = noise(run.plan.seeds[0], (1, *run.plan.latent))
         try:
             latents_CFhw = yield from self._sample(run, start_BCFhw, conditions, meter, steps)
@@ -231,7 +232,7 @@ class Engine:
         if any(step.guidance != 1.0 for step in plan.steps):
             texts.append(plan.negative)
         yield (meter := Meter("encode text", 1)).start()
-        # Texts out of memory say nothing of the encoder's speed.
+        # Texts that are known already say nothing of the encoder's speed.
         with run.stages.measure("encode text", counted=not self._texts.has(plan, texts)):
             rows = self._texts.encode(plan, texts, partial(self._get, plan))
         yield from self._texts.notes()
@@ -315,8 +316,8 @@ class Engine:
             task = clip_task(plan, partial(self._get, plan), rows, run.stop_if_asked)
             yield inputs.tick()
         begun = kept.steps() if len(kept) < len(plan.clips) else None
-        done = len(plan.steps) * len(kept) + (begun.done if begun else 0)
-        meter = Meter("sample", len(plan.steps) * len(plan.clips) - done, seed)
+        left = (step_work(plan) * (len(plan.clips) - len(kept)))[begun.done if begun else 0 :]
+        meter = Meter("sample", len(left), seed, left)
 
         def sample_clip(number: int, conditions: Callable[[], Branches]) -> Generator[Event, None, Tensor]:
             run.stop_if_asked()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from kinema.errors import Cancelled
 from kinema.runtime.machine import PeakMemory
@@ -54,13 +55,20 @@ class Stages:
 class Meter:
     """Counts the units of one stage into Progress events, with the time left at the pace so far.
 
+    work   of each unit, where they differ.
     The first unit is left out of the pace as soon as there is a second: it loads and prepares.
     """
 
     def __init__(
-        self, stage: str, total: int, seed: int | None = None, clock: Callable[[], float] = time.perf_counter
+        self,
+        stage: str,
+        total: int,
+        seed: int | None = None,
+        work: Sequence[float] = (),
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._stage, self._total, self._seed, self._clock = stage, total, seed, clock
+        self._work_until = [0.0, *accumulate(work or [1.0] * total)]
         self._done = 0
         self._since, self._since_done = clock(), 0
 
@@ -70,14 +78,15 @@ class Meter:
     def tick(self, units: int = 1) -> Progress:
         now = self._clock()
         first, self._done = self._done == 0, self._done + units
-        pace = (now - self._since) / (self._done - self._since_done)
+        until = self._work_until
+        pace = (now - self._since) / (until[self._done] - until[self._since_done])
         if first:
             self._since, self._since_done = now, self._done
         return Progress(
             stage=self._stage,
             done=self._done,
             total=self._total,
-            eta_seconds=pace * (self._total - self._done),
+            eta_seconds=pace * (until[-1] - until[self._done]),
             seed=self._seed,
         )
 

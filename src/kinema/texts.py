@@ -40,8 +40,10 @@ class Texts:
         return len(self._rows)
 
     def has(self, plan: Plan, texts: Sequence[str]) -> bool:
-        """Whether all of these are in memory."""
-        return all(key in self._rows for key in keys_of(plan, texts))
+        """Whether all of these are known; those on disk are then in memory."""
+        keys = keys_of(plan, texts)
+        self._read(plan, [key for key in keys if key not in self._rows])
+        return all(key in self._rows for key in keys)
 
     def clear(self) -> None:
         """Forget what is in memory."""

@@ -164,6 +164,15 @@ def test_time_left_is_within_a_fifth_after_the_second_step(first: float, each: f
     assert ticks[0].eta_seconds == pytest.approx(first * 19)
 
 
+def test_time_left_knows_that_steps_without_guidance_are_half_the_work() -> None:
+    seconds = [5.0] + [2.0] * 3 + [1.0] * 4
+    times = itertools.accumulate([0.0, *seconds])
+    meter = Meter("sample", 8, work=[2] * 4 + [1] * 4, clock=lambda: next(times))
+    ticks = [meter.tick() for _ in seconds]
+    for done, tick in enumerate(ticks[1:], 2):
+        assert tick.eta_seconds == pytest.approx(sum(seconds[done:]))
+
+
 # --- failing --------------------------------------------------------------------------------------
 
 

@@ -451,7 +451,7 @@ class Undrawn(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (Tensor.normal_, nn.init.normal_):
             return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
 
 
 def build(component: Component, config: Mapping[str, Any]) -> nn.Module:
