@@ -1,8 +1,8 @@
 """Predicted peaks against measured ones on a CPU, stage by stage, in a fresh process, with a model of over 1 GB.
 
-.venv/bin/python bench/memory.py --size 320x320 --frames 21
+.venv/bin/python bench/memory.py --model t2v --size 640x480 --frames 5
 
-Writes random weights of true widths (1.3B's DiT with fewer layers, the full 2.1 VAE, a small text encoder) to a
+Writes random weights (DiTs of published width with a few layers, autoencoders of published or smaller width) to a
 temporary folder, runs the engine, and samples anonymous memory above what it was after the imports. Mapped pages are in
 neither number.
 """
@@ -10,6 +10,7 @@ neither number.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,17 +26,26 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 
-from checkpoints import TINY  # noqa: E402
+import tiny_flux  # noqa: E402
+import tiny_world  # noqa: E402
+from checkpoints import TINY, TINY_VAE22  # noqa: E402
 from kinema.engine import Engine  # noqa: E402
 from kinema.planning.memory import CPU_BASE  # noqa: E402
-from kinema.schema import Progress, Request, Settings  # noqa: E402
-from kinema.weights.structure import MODELS  # noqa: E402
-from tiny_world import ROW, spiece_model  # noqa: E402
+from kinema.schema import Component, Progress, Request, Settings  # noqa: E402
+from kinema.weights.structure import build  # noqa: E402
 
-DIT = {**TINY["dit"], "dim": 1536, "ffn_dim": 8960, "in_channels": 16, "text_dim": 1024, "freq_dim": 256,
-       "has_clip_tokens": False, "num_clip_positions": 0}  # fmt: skip
-TEXT = {**TINY["text_encoder"], "dim": 1024, "dim_attn": 1024, "num_heads": 16, "ffn_dim": 2816, "num_layers": 8}
-VAE = {**TINY["vae"], "dim": 96, "dec_dim": 96}
+WIDTHS = {"1.3B": {"dim": 1536, "ffn_dim": 8960}, "5B": {"dim": 3072, "ffn_dim": 14336},
+          "14B": {"dim": 5120, "ffn_dim": 13824}}  # fmt: skip
+FLUX = {"dim": 3072, "mlp_dim": 12288, "num_double": 2, "num_single": 3, "text_dim": tiny_flux.TEXT_DIM,
+        "vector_dim": tiny_flux.VECTOR_DIM}  # fmt: skip
+
+MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "t2v": ("tiny-t2v", "t2v", {**tiny_world.DITS["t2v"], "freq_dim": 256}, TINY["vae"]),
+    "i2v": ("tiny-clip", "clip", {**tiny_world.DITS["clip"], "freq_dim": 256}, TINY["vae"]),
+    "ti2v": ("tiny-ti2v", "ti2v", {**tiny_world.DITS["ti2v"], "freq_dim": 256}, TINY_VAE22),
+    "flux": ("tiny-flux", "flux_dev", FLUX, {"dim": 128}),
+}
+"""By name: the model of the tests whose files are made large, its DiT's file, and what the two large parts are like."""
 
 
 def anonymous() -> int:
@@ -43,40 +54,38 @@ def anonymous() -> int:
     return int(found[1]) * 1024
 
 
-def write(
-    path: Path, component: str, config: dict, dtype: torch.dtype, more: dict[str, torch.Tensor] | None = None
-) -> None:
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-    with torch.device("meta"):
-        module = MODELS[component].module(MODELS[component].arguments(**arguments))  # type: ignore[index]
-    state = {}
-    for name, tensor in module.state_dict().items():
-        fan = tensor.shape[1:].numel() if tensor.ndim > 1 else 1
+def write(path: Path, component: Component, config: dict[str, Any], dtype: torch.dtype) -> int:
+    """Write a model of random weights; return its bytes. The same million numbers again and again: drawing is slow."""
+    drawn, state = torch.randn(2**20), {}
+    for name, tensor in build(component, config).state_dict().items():
+        count, fan = tensor.numel(), tensor.shape[1:].numel() if tensor.ndim > 1 else 1
         plain = tensor.ndim < 2 or name.endswith("gamma")
-        state[name] = (torch.ones(tensor.shape) if plain else torch.randn(tensor.shape) / fan**0.5).to(dtype)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({**state, **(more or {})}, path)
+        flat = torch.ones(count) if plain else drawn.repeat(count // len(drawn) + 1)[:count] / fan**0.5
+        state[name] = flat.view(tensor.shape).to(dtype)
+    save_file(state, path)
+    return path.stat().st_size
 
 
-def world(root: Path, layers: int) -> Settings:
-    dit = {**DIT, "num_layers": layers}
-    write(root / "diffusion_models/t2v.safetensors", "dit", dit, torch.bfloat16)
-    write(root / "vae/tiny_vae.safetensors", "vae", VAE, torch.float32)
-    spiece = torch.frombuffer(bytearray(spiece_model()), dtype=torch.uint8)
-    write(root / "text_encoders/tiny_umt5.safetensors", "text_encoder", TEXT, torch.bfloat16, {"spiece_model": spiece})
-    row = ROW.format(
-        name="large", kind="t2v", more="", vae="wan2.1", in_channels=16, out_channels=16, clip="false", positions=0,
-        adapters="",
-    )  # fmt: skip
-    row = row.replace("structure.dim = 128", "structure.dim = 1536").replace("num_layers = 2", f"num_layers = {layers}")
-    (root / "large.toml").write_text(
-        '[shared]\ntext_encoder = ["text_encoders/tiny_umt5.safetensors"]\nvae21 = ["vae/tiny_vae.safetensors"]\n' + row
+def world(root: Path, options: argparse.Namespace) -> None:
+    """Write the small world of the tests, and over it the large DiT and autoencoder."""
+    _, file, dit, vae = MODELS[options.model]
+    flux = options.model == "flux"
+    (tiny_flux.build_flux if flux else tiny_world.build)(root)
+    wide = {} if flux else {**WIDTHS[options.width], "num_layers": options.layers}
+    size = write(
+        root / f"diffusion_models/{file}.safetensors", "flux_dit" if flux else "dit", {**dit, **wide}, torch.bfloat16
     )
-    return Settings(models=(root,), catalogs=(root / "large.toml",))
+    assert size >= 1e9, f"{size / 1e9:.2f} GB: more layers"
+    base = {} if flux else {"dim": options.vae_dim, "dec_dim": options.vae_dim}
+    name = "tiny_ae" if flux else "tiny_vae22" if options.model == "ti2v" else "tiny_vae"
+    write(root / f"vae/{name}.safetensors", "flux_vae" if flux else "vae", {**vae, **base}, torch.float32)
+    catalog = root / ("flux.toml" if flux else "tiny.toml")
+    text = catalog.read_text().replace("dim = 128", f"dim = {wide.get('dim', 3072)}")
+    catalog.write_text(text.replace("num_layers = 2", f"num_layers = {wide.get('num_layers')}"))
 
 
-def measure(settings: Settings, request: Request) -> dict[str, tuple[int, int]]:
-    """Return (predicted, measured) bytes above the base by stage."""
+def measure(settings: Settings, fields: dict[str, Any], held: int) -> dict[str, tuple[int, int]]:
+    """Return (predicted, measured) bytes above the base by stage. held: bytes of a tensor that nobody planned."""
     peaks: dict[str, int] = {}
     now, done = ["start"], threading.Event()
 
@@ -85,9 +94,10 @@ def measure(settings: Settings, request: Request) -> dict[str, tuple[int, int]]:
             peaks[now[0]] = max(peaks.get(now[0], 0), anonymous())
             time.sleep(0.002)
 
+    base = anonymous()
+    extra = torch.ones(held, dtype=torch.uint8)
     with Engine(settings) as engine:
-        plan = engine.plan(request)
-        base = anonymous()
+        plan = engine.plan(Request(**fields))
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         for event in engine.run(plan):
@@ -95,34 +105,51 @@ def measure(settings: Settings, request: Request) -> dict[str, tuple[int, int]]:
                 now[0] = event.stage
         done.set()
         watcher.join()
-    return {cost.stage: (cost.peak_bytes - CPU_BASE, peaks.get(cost.stage, 0) - base) for cost in plan.costs}
+    del extra
+    return {cost.stage: (cost.peak_bytes - CPU_BASE, peaks.get(cost.stage, base) - base) for cost in plan.costs}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=MODELS, default="t2v")
+    parser.add_argument("--width", choices=WIDTHS, default="14B", help="of Wan's DiT")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--vae-dim", type=int, default=96, help="base width of Wan's VAE")
     parser.add_argument("--size", default="320x320")
-    parser.add_argument("--frames", type=int, default=21)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--frames", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--swap", type=int, help="blocks that are streamed")
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--hold", type=int, default=0, help="MB of a tensor that nobody planned: a fault, for the test")
+    parser.add_argument("--json", action="store_true", help="print {stage: [predicted, measured]} in bytes")
     parser.add_argument("--write", type=Path, help="only write the files there: in a process of its own, which leaves")
+    parser.add_argument("--folder", type=Path, help="where they were written before")
     options = parser.parse_args()
     if options.write:
-        world(options.write, options.layers)
+        world(options.write, options)
         return
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--write", folder, "--layers", str(options.layers)]
-        subprocess.run(command, check=True)
-        settings = Settings(models=(Path(folder),), catalogs=(Path(folder) / "large.toml",))
-        request = Request(
-            model="large", prompt="a cat walks on grass", seed=1, steps=1, guidance=1.0, device="cpu",
-            size=options.size, frames=options.frames, dtype=options.dtype, save=Path(folder) / "x.mp4",
-        )  # fmt: skip
-        for stage, (predicted, measured) in measure(settings, request).items():
-            ratio = predicted / measured if measured else float("nan")
-            print(
-                f"{stage:<14} predicted {predicted / 1e6:8.0f} MB  measured {measured / 1e6:8.0f} MB  {ratio:.2f}",
-                flush=True,
-            )
+        root = options.folder or Path(folder)
+        if options.folder is None:
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--write", folder], check=True)
+        flux, name = options.model == "flux", MODELS[options.model][0]
+        fields = {
+            "model": name, "prompt": "a cat walks on grass", "seed": 1, "steps": 1, "device": "cpu",
+            "guidance": options.guidance, "size": options.size, "dtype": options.dtype,
+            "blocks_to_swap": options.swap, "overwrite": True, "save": root / ("x.png" if flux else "x.mp4"),
+        }  # fmt: skip
+        if not flux:
+            fields["frames"] = options.frames
+        if options.model in ("i2v", "ti2v"):
+            fields["first"] = tiny_world.picture(root / "first.png")
+        settings = Settings(models=(root,), catalogs=(root / ("flux.toml" if flux else "tiny.toml"),))
+        found = measure(settings, fields, options.hold * 10**6)
+    if options.json:
+        print(json.dumps(found))
+        return
+    for stage, (predicted, measured) in found.items():
+        ratio = predicted / measured if measured else float("nan")
+        print(f"{stage:<14} predicted {predicted / 1e6:8.0f} MB  measured {measured / 1e6:8.0f} MB  {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,8 @@ def rows_beside(plan: Plan) -> int:
     """Return how many rows an image's tokens attend to beside their own: of text, and of the reference images."""
     flux, shown = plan.flux, [image for image in plan.images if image.role == "reference"]
     if flux is not None and flux.siglip is not None:
-        return plan.text_len + len(shown) * (flux.siglip.config["image_size"] // flux.siglip.config["patch_size"]) ** 2
+        side = flux.siglip.config["image_size"] // flux.siglip.config["patch_size"]
+        return plan.text_len + len(shown) * int(side) ** 2
     return plan.text_len + sum(image.width * image.height // MULTIPLE**2 for image in shown)
 
 
