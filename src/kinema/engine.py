@@ -212,7 +212,8 @@ class Engine:
         if plan.flux is not None:
             with run.stages.measure("encode text", counted=False):
                 pooled = pooled_texts(plan, rows, get)
-        with run.stages.measure("encode images", counted):
+        # Without images, what is left is small: the motion controller, planned beside the texts.
+        with run.stages.measure("encode images" if counted else "encode text", counted):
             if counted:
                 yield meter.start()
             if plan.flux is not None:

@@ -1,5 +1,5 @@
 """Memory that runs out, at every stage of every kind of job: that job ends with what would fit, all of it is let go,
-and the same engine goes on to the same result."""
+and the same engine goes on to the same result: of a new job, and of what was kept of the one that ended."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
         "clip": {"model": "tiny-clip", "first": first, **video},
         "video": {"model": "tiny-t2v", "video": film(folder / "film.mp4"), **video},
         "vace": {"model": "tiny-vace", "control": film(folder / "control.mp4"), **video},
-        "speech": {"model": "tiny-s2v", **speaking(folder), **video},
+        "speech": {"model": "tiny-s2v", "clips": 2, **speaking(folder), **video},
         "animate": {"model": "tiny-animate", **animation(folder, 17), **video},
         "flux": {"model": "tiny-flux", **image},
         "flux fill": {"model": "tiny-fill", "first": first, "mask": mask, **image},
@@ -164,6 +164,13 @@ def finish(engine: Engine, job: dict[str, Any], save: Path) -> Tensor:
     return load_file(result.paths[-1])["latents"]
 
 
+def going_on(engine: Engine, kept: Path, save: Path) -> Tensor:
+    """Latents of what was made of saved steps, or of a folder of clips."""
+    asked = Request(save=save, output="mp4,latents") if kept.is_dir() else None
+    (result,) = (event for event in engine.resume(kept, asked) if isinstance(event, Result))
+    return load_file(result.paths[-1])["latents"]
+
+
 def request(job: dict[str, Any], save: Path) -> Request:
     return Request.model_validate({"prompt": "a cat walks", "seed": 3, "device": "cpu", "save": save, **job})
 
@@ -203,6 +210,13 @@ def test_memory_that_runs_out_ends_that_job_alone(
             assert all(Path(path).exists() and str(path) in error.hint for path in kept)
             later = fault.call > 1 and fault.stage not in ("encode images", "load")
             assert bool(kept) == (later or fault.stage == "decode"), place
+            if fault.stage == "decode":
+                with monkeypatch.context() as patch, pytest.raises(MachineError, match="in the stage decode: "):
+                    patch.setattr(fault.owner, fault.name, failing_at(fault, held))
+                    list(engine.decode(Path(kept[0]), Request(save=tmp_path / f"alone{number}{suffix(job)}")))
+                assert held.alive == 0 and Path(kept[0]).exists(), place
+            elif kept:
+                assert torch.equal(going_on(engine, Path(kept[0]), tmp_path / f"on{number}{suffix(job)}"), want), place
         assert torch.equal(finish(engine, job, tmp_path / f"again{suffix(job)}"), want)
 
 
