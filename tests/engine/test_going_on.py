@@ -163,7 +163,7 @@ KINDS = {
 
 
 class ManyJobs:
-    """Runs tiny jobs, one after the other; every tenth is planned anew, which takes ten times what running does.
+    """Runs tiny jobs, one after the other; every tenth is planned anew, which takes longer than running.
 
     leak   keep 5 MB of every eighth job: the planted fault. Smaller pieces would fill what the heap still holds of
            earlier tests, and not show.
