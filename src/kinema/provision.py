@@ -18,7 +18,7 @@ from kinema.catalog.choice import (
     nearest,
     offers,
     part_offers,
-    tokenizer,
+    with_tokenizer,
 )
 from kinema.catalog.files import CatalogFile, FileSet, Store, find_set, one_file
 from kinema.errors import CatalogError, MachineError
@@ -72,7 +72,7 @@ def provide(item: FileSet, store: Store, card: Card, *, with_loras: bool = False
     """Return the best files of a model for a card; MachineError where the disk holds none."""
     parts = [choose_part(part_offers(part, store), card) for part in item.parts]
     encoders = (file for offer in parts if offer for file in offer.files)
-    shared = tuple(one for file in encoders for one in (file, *tokenizer(file, store)))
+    shared = tuple(one for file in encoders for one in with_tokenizer(file, store))
     extra = loras(item, store) if with_loras else ()
     taken = sum(file.bytes or 0 for file in (*shared, *extra))
     left = replace(card, disk=None if card.disk is None else card.disk - taken)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from kinema.catalog import find_entry, load_catalog, matching_entries
-from kinema.catalog.choice import Card
+from kinema.catalog.choice import Card, tokenizer_of
 from kinema.catalog.files import FileSet, Store, load_store
 from kinema.catalog.folders import Folders
 from kinema.catalog.installed import Chosen, Need, find_files, missing
@@ -34,7 +34,7 @@ from kinema.provision import activation_bytes, provide
 from kinema.runtime.machine import probe_machine
 from kinema.schema import CatalogEntry, Component, Facts, FileFacts, Machine, MediaFacts, Note, Request, Settings
 from kinema.weights.detect import components_in, find_tokenizer, inspect, resolve_folder
-from kinema.weights.folders import CLIP_FILES, CLIP_FOLDERS, T5_FOLDERS, TOKENIZER_FOLDERS
+from kinema.weights.folders import CLIP_FILES, CLIP_FOLDERS, T5_FOLDERS, TOKENIZER_FILES, TOKENIZER_FOLDERS
 from kinema.weights.load import load_tokenizer
 from kinema.weights.lora.attach import parameter_shapes
 from kinema.weights.lora.file import read_lora
@@ -57,13 +57,6 @@ COMPONENTS: dict[str, tuple[Component, ...]] = {
 IMAGE_FIELDS = ("first", "last", "middle", "reference", "control_image", "control_mask")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 """Of a first image: what is a video, whose last frame is meant."""
-
-TOKENIZER_SOURCE = "the folder google/umt5-xxl of the repository Wan-AI/Wan2.1-T2V-1.3B (spiece.model, tokenizer.json)"
-T5_SOURCE = "the folder tokenizer_2 of FLUX.1, or google/t5-v1_1-xxl (spiece.model, tokenizer.json)"
-CLIP_SOURCE = (
-    "the folder tokenizer of FLUX.1, or openai/clip-vit-large-patch14 (vocab.json and merges.txt, tokenizer.json)"
-)
-
 
 def survey(
     request: Request, settings: Settings, promised: Mapping[Path, MediaFacts] = MappingProxyType({})
@@ -321,43 +314,62 @@ def _identify(request: Request, files: Mapping[str, FileFacts], catalog: Mapping
 
 def _tokenizer(request: Request, paths: Mapping[str, Path], encoder: FileFacts, settings: Settings) -> Path | None:
     """The tokenizer's path, or None where the text encoder's file holds it."""
-    t5 = encoder.component == "t5"
-    folders, source = (T5_FOLDERS, T5_SOURCE) if t5 else (TOKENIZER_FOLDERS, TOKENIZER_SOURCE)
+    part = "t5-xxl" if encoder.component == "t5" else "umt5-xxl"
     if request.tokenizer:
         named = find_tokenizer(request.tokenizer) if request.tokenizer.is_dir() else request.tokenizer
         if named is None or named.suffix not in (".model", ".json"):
-            kind = "T5" if t5 else "umT5"
             raise CatalogError(
-                f"--tokenizer {request.tokenizer} is no {kind} tokenizer: spiece.model, tokenizer.json or their folder",
-                f"pass one, such as {source}",
+                f"--tokenizer {request.tokenizer} is no tokenizer of {part}: spiece.model, tokenizer.json or their folder",
+                "leave it out: `kinema models pull` brings one with the text encoder",
                 name=str(request.tokenizer),
             )
         return named
     if encoder.has_tokenizer:
         return None
-    found = paths.get("tokenizer") or find_tokenizer(encoder.path, settings.models, folders)
-    if found is None:
-        searched = ", ".join(map(str, (encoder.path.parent, *settings.models)))
-        raise CatalogError(
-            f"{encoder.path} holds no tokenizer, and none lies in {searched}",
-            f"put {source} beside the text encoder, or pass --tokenizer PATH",
-            name="tokenizer",
-        )
-    return found
+    return paths.get("tokenizer") or _tokenizer_file(encoder.path, part, settings)
 
 
 def _clip_tokenizer(request: Request, encoder: FileFacts, settings: Settings) -> Path:
     """The path of CLIP's tokenizer, which no encoder's file holds."""
-    near = request.clip_tokenizer or encoder.path
-    found = find_tokenizer(near, () if request.clip_tokenizer else settings.models, CLIP_FOLDERS, CLIP_FILES)
-    if found is None:
-        where = f"--clip-tokenizer {near}" if request.clip_tokenizer else str(near.parent)
-        raise CatalogError(
-            f"{where} holds no CLIP tokenizer (vocab.json with merges.txt, or tokenizer.json)",
-            f"pass --clip-tokenizer PATH: {CLIP_SOURCE}",
-            name="clip_tokenizer",
-        )
-    return found
+    named = request.clip_tokenizer
+    if named is None:
+        return _tokenizer_file(encoder.path, "clip-l", settings)
+    if found := find_tokenizer(named, (), *TOKENIZERS["clip-l"]):
+        return found
+    raise CatalogError(
+        f"--clip-tokenizer {named} holds no CLIP tokenizer (vocab.json with merges.txt, or tokenizer.json)",
+        "take the folder tokenizer of FLUX.1, or leave it out: `kinema models pull flux.1-dev` brings one",
+        name="clip_tokenizer",
+    )
+
+
+TOKENIZERS = {
+    "umt5-xxl": (TOKENIZER_FOLDERS, TOKENIZER_FILES),
+    "t5-xxl": (T5_FOLDERS, TOKENIZER_FILES),
+    "clip-l": (CLIP_FOLDERS, CLIP_FILES),
+}
+"""Part of the catalog -> folders its tokenizer is known to lie in, and what it may be called."""
+
+
+def _tokenizer_file(encoder: Path, part: str, settings: Settings) -> Path:
+    """A text encoder's tokenizer: near its file, in a models folder, or where the catalog has it pulled to."""
+    store, folders = load_store(settings.catalogs), Folders.of(settings)
+    names, files = TOKENIZERS[part]
+    if found := find_tokenizer(encoder, folders.roots, names, files):
+        return found
+    rows = (row for row in store.serving(part) if row.role in ("tokenizer", "clip_tokenizer"))
+    for place in filter(None, map(folders.locate, rows)):
+        if found := find_tokenizer(place, files=files):
+            return found
+    row = tokenizer_of(part, store)
+    name = f"{row.repository}/{row.path}".rstrip("/")
+    flag = "--clip-tokenizer" if part == "clip-l" else "--tokenizer"
+    raise CatalogError(
+        f"{encoder} holds no tokenizer, and none lies in {', '.join(map(str, (encoder.parent, *folders.roots)))}",
+        f"type: kinema models pull {name}\nor pass {flag} PATH: {' or '.join(files)}",
+        name=flag[2:].replace("-", "_"),
+        pull=name,
+    )
 
 
 def _load_tokenizer(encoder: FileFacts, tokenizer: Path | None) -> Tokenizer:

@@ -104,11 +104,17 @@ def part_offers(part: str, store: Store) -> list[Offer]:
     return sorted((Offer((file,)) for file in found), key=_preference)
 
 
-def tokenizer(encoder: CatalogFile, store: Store) -> tuple[CatalogFile, ...]:
-    """Return the tokenizer's folder where a umT5 file does not hold it: ComfyUI's own files and GGUF files do."""
-    if not encoder.serves("umt5-xxl") or encoder.repository.startswith("Comfy-Org/") or encoder.name.endswith(".gguf"):
-        return ()
-    return tuple(file for file in store.serving("umt5-xxl") if file.role == "tokenizer" and file.folder)[:1]
+def tokenizer_of(part: str, store: Store) -> CatalogFile:
+    """Return the tokenizer of a text encoder: a file, or a folder."""
+    rows = [file for file in store.serving(part) if file.role in ("tokenizer", "clip_tokenizer")]
+    return min(rows, key=lambda file: file.folder is None)  # of umT5's many the one with a place of its own
+
+
+def with_tokenizer(encoder: CatalogFile, store: Store) -> tuple[CatalogFile, ...]:
+    """Return an encoder with its tokenizer where its file does not hold it: ComfyUI's umT5 files and GGUF files do."""
+    holds = encoder.serves("umt5-xxl") and (encoder.repository.startswith("Comfy-Org/") or encoder.name.endswith(".gguf"))
+    part = next((part for part in ("umt5-xxl", "t5-xxl", "clip-l") if encoder.serves(part)), None)
+    return (encoder,) if holds or part is None else (encoder, tokenizer_of(part, store))
 
 
 def loras(item: FileSet, store: Store) -> tuple[CatalogFile, ...]:
