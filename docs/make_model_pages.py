@@ -10,8 +10,8 @@ from pathlib import Path
 
 from kinema.catalog import load_catalog
 from kinema.catalog.choice import Card, offers, part_offers
-from kinema.catalog.files import CatalogFile, FileSet, Store, load_store
-from kinema.provision import TIERS, Provision, preset, provide, sets_of, tasks
+from kinema.catalog.files import CatalogFile, Store, load_store
+from kinema.provision import TIERS, Provision, models_of, preset, provide, tasks, trial_size
 from kinema.schema import CatalogEntry
 
 DOCS = Path(__file__).parent
@@ -35,6 +35,7 @@ TASKS = {
     "flux-fill": "Fill or extend a picture",
     "flux-canny": "A picture from edges",
     "flux-depth": "A picture from depth",
+    "flux-redux": "Variations of a picture",
 }
 
 HEAD = """# Which model
@@ -61,11 +62,12 @@ MISTAKES = """## What guides get wrong
 
 HOW = """## How a choice is made
 
-A file stays on the card when its bytes and what a forward of {size} needs beside them fit into 95 % of the
-card, less 0.6 GB. Otherwise its blocks are streamed from RAM while it runs, which RAM has to hold together
-with {system} for the system; of two experts both count. Of what runs this way the best precision is taken:
-16-bit (only where it stays on the card), scaled fp8, Q8_0, int8, Q6_K, plain fp8, then the smaller ones. The
-text encoder may take 45 % of the card. The tables below assume 32 GB of RAM.
+A run of each file is planned as `kinema plan --vram --ram` does, at the size in the tables and the model's own number
+of frames. Files whose plan keeps all blocks of the DiT on the card are resident. Where only some stay, the others are
+streamed from RAM, which has to hold the files together with 4 GB for the system; of two experts both count. Of what
+runs this way the best precision is taken: 16-bit (only where it stays on the card), scaled fp8, Q8_0, int8, Q6_K,
+plain fp8, then the smaller ones. The text encoder takes 45 % of the card at most. The tables assume 32 GB of RAM; the
+last number is that of all files together.
 
 """
 
@@ -75,11 +77,11 @@ def which_model() -> str:
     store = load_store()
     use = _table(
         ("model", "for", "tasks", "licence"),
-        [(f"`{s.name}`", s.use, ", ".join(s.tasks), _licence(s, store)) for s in store.sets.values()],
+        [(f"`{m.name}`", m.use, ", ".join(m.tasks), _licence(m, store)) for m in _listed(store)],
     )
     parts = [HEAD, "## By use\n\n", use, MISTAKES]
-    parts += [HOW.format(size="the planned size, with guidance,", system="4 GB")]
-    parts += [_task(task, store) for task in tasks(store)]
+    assert set(TASKS) == set(tasks(store)), "a task without a title"
+    parts += [HOW, *(_task(task, store) for task in TASKS)]
     return "".join([*parts, _presets(store)]).rstrip() + "\n"
 
 
@@ -87,8 +89,8 @@ def tables() -> str:
     """Return the tables of docs/models.md: what is published of each model and part."""
     store = load_store()
     models = [
-        (f"`{item.name}`", _published(offer.files[0] for offer in offers(item, store)), _parts(item))
-        for item in store.sets.values()
+        (f"`{model.name}`", _published(offer.files[0] for offer in offers(model, store)), _parts(model))
+        for model in _listed(store)
     ]
     parts = [
         (f"`{name}`", part.title, _published(offer.files[0] for offer in part_offers(name, store)))
@@ -126,11 +128,12 @@ def models_page(text: str) -> str:
 
 
 def _task(task: str, store: Store) -> str:
-    columns = ["model", *(f"{tier // 10**9} GB" for tier in TIERS)]
+    columns = ["model", "size", *(f"{tier // 10**9} GB" for tier in TIERS)]
     rows = []
-    for item in sets_of(task, store):
-        made = [provide(item, store, Card(tier, RAM)) for tier in TIERS]
-        rows.append([f"`{item.name}`", *(_cell(one) for one in made)])
+    for model in sorted(models_of(task, store), key=_order):
+        made = [provide(model, store, Card(tier, RAM)) for tier in TIERS]
+        size = "x".join(map(str, trial_size(model)))
+        rows.append([f"`{model.name}`", size, *(_cell(one) for one in made)])
     return f"## {task}: {TASKS[task][0].lower() + TASKS[task][1:]}\n\n{_table(columns, rows)}"
 
 
@@ -144,7 +147,7 @@ def _presets(store: Store) -> str:
     rows = []
     for name, menu in store.presets.items():
         for made in preset(name, store):
-            rows.append((f"`{name}`", menu.title, f"`{made.set.name}`", made.precision, "; ".join(made.notes)))
+            rows.append((f"`{name}`", menu.title, f"`{made.model.name}`", made.precision, "; ".join(made.notes)))
     head = "## Presets\n\n`kinema models pull --preset 12GB` and so on take the menu of cards that guides print.\n\n"
     return head + _table(
         ("preset", "card", "model", "precision", "where the menu names what was never published"), rows
@@ -158,12 +161,21 @@ def _published(files: Iterable[CatalogFile]) -> str:
     return ", ".join(f"{precision} {size:.{2 if size < 1 else 1}f}" for precision, size in sizes.items())
 
 
-def _parts(item: FileSet) -> str:
-    return ", ".join(f"`{part}`" for part in item.parts)
+def _parts(model: CatalogEntry) -> str:
+    return ", ".join(f"`{part}`" for part in model.parts.values())
 
 
-def _licence(item: FileSet, store: Store) -> str:
-    return next((file.licence for file in store.serving(item.name) if file.licence), "")
+def _licence(model: CatalogEntry, store: Store) -> str:
+    return next((file.licence for file in store.serving(model.dit_of or model.name) if file.licence), "")
+
+
+def _order(model: CatalogEntry) -> str:
+    """Wan 2.2 before 2.1, else as the catalog has them."""
+    return {"wan2.2": "0", "wan2.1": "1"}.get(model.name[:6], "2")
+
+
+def _listed(store: Store) -> list[CatalogEntry]:
+    return sorted(store.published.values(), key=_order)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

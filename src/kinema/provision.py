@@ -1,50 +1,57 @@
-"""Which files make a model run on a machine: chosen from the catalog, with what they cost and what more would bring.
+"""Which files make a model run on a machine: chosen from the catalog by planning a run of each, as `kinema plan` does.
 
-Joins the catalog to the arithmetic of planning. Looks at no file; a machine is a Card of numbers.
+Joins the catalog to planning. Looks at no file; a machine is a Card of numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 from kinema.catalog.choice import (
     Card,
     Choice,
+    Judge,
+    Mode,
     Offer,
     choose,
     choose_part,
+    kind,
     loras,
     nearest,
     offers,
     part_offers,
     with_tokenizer,
 )
-from kinema.catalog.files import CatalogFile, FileSet, Store, find_set, one_file
-from kinema.errors import CatalogError, MachineError
-from kinema.planning.activations import dit_bytes, ffn_pieces
+from kinema.catalog.files import CatalogFile, Store, one_file
+from kinema.catalog.layouts import dit_layouts, header, load_layouts
+from kinema.catalog.table import named
+from kinema.errors import CatalogError, KinemaError, MachineError
+from kinema.planning import make_plan
+from kinema.schema import CatalogEntry, Facts, Machine, MediaFacts, Plan, Request
 
 TIERS = tuple(size * 10**9 for size in (8, 12, 16, 24, 32, 48, 80))
 """Cards that the tables answer for, in bytes."""
 
-TEXT_ROWS = 512
+RAMS = tuple(size * 10**9 for size in (32, 64, 128))
+SYSTEM = 4_000_000_000  # of the RAM: the system and this process
 
 
 @dataclass(frozen=True)
 class Provision:
     """Everything one model needs on one card.
 
-    files    in the order of roles: DiT, shared parts, LoRAs.
-    mode     how the DiT runs there; peak_bytes of the card, at `size` and `frames`.
-    notes    sentences: substitutions, what would be better with more.
+    files   in the order of roles: DiT, shared parts, LoRAs.
+    trial   the plan of a run of `size` from them, or why there is none.
+    notes   sentences: substitutions, and how it runs where that is not as a whole on the card.
     """
 
-    set: FileSet
+    model: CatalogEntry
     files: tuple[CatalogFile, ...]
-    mode: str
-    peak_bytes: int
-    size: tuple[int, int]
-    frames: int
+    mode: Mode
+    trial: Plan | MachineError
     notes: tuple[str, ...] = ()
 
     @property
@@ -55,54 +62,153 @@ class Provision:
     def precision(self) -> str:
         return self.files[0].precision
 
-
-def activation_bytes(item: FileSet, store: Store) -> float:
-    """Return what sampling needs beside the weights, at the size the set is planned for, two branches of guidance."""
-    shape = store.shapes[item.shape]
-    width, height = shape.size
-    config = {"dim": shape.dim, "ffn_dim": shape.ffn_dim, "num_layers": shape.num_layers}
-    latent_frames = (shape.frames - 1) // 4 + 1
-    rows, columns = height // shape.stride, width // shape.stride
-    tokens = latent_frames * (rows // 2) * (columns // 2)
-    part = -(-tokens // ffn_pieces(config, 2))
-    return dit_bytes(config, tokens, 2 * TEXT_ROWS, 2, branches=2, ffn_tokens=part)
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of the card at the fullest stage; where it does not fit, what it would take."""
+        if isinstance(self.trial, MachineError):
+            return int(self.trial.details.get("need") or 0)
+        return max(cost.peak_bytes for cost in self.trial.costs)
 
 
-def provide(item: FileSet, store: Store, card: Card, *, with_loras: bool = False) -> Provision:
+# --- a run of files that are not here -------------------------------------------------------------------
+
+
+def trial_size(model: CatalogEntry) -> tuple[int, int]:
+    """Return the size that files are chosen for: the smallest, in landscape, that a model was made for."""
+    if model.structure.get("speech") or model.structure.get("animate"):
+        return 832, 448  # theirs follows from the inputs
+    wide = [size for size in model.sizes if size[0] >= size[1]]
+    return min(wide, key=lambda size: size[0] * size[1], default=model.size)
+
+
+def trial_request(model: CatalogEntry, card: Card) -> tuple[Request, dict[str, tuple[MediaFacts, ...]]]:
+    """Return the request that files are chosen by, and the facts of inputs it names: those the model cannot do without.
+
+    `kinema plan --model NAME --size WxH --vram V --ram R` with inputs such as these plans the same run.
+    """
+    width, height = trial_size(model)
+    seconds = model.frames / model.fps
+    known = {
+        "image": MediaFacts(path=Path("image.png"), kind="image", width=width, height=height),
+        "video": MediaFacts(
+            path=Path("video.mp4"), kind="video", width=width, height=height, frames=model.frames, fps=model.fps,
+            seconds=seconds,
+        ),
+        "audio": MediaFacts(path=Path("talk.wav"), kind="audio", seconds=5.0, rate=16_000, channels=1),
+    }  # fmt: skip
+    known["face"] = known["video"].model_copy(update={"width": 512, "height": 512})
+    kinds = {"pose": "video", "face": "face", "audio": "audio"}
+    kinds |= {"control": "video"} if model.family == "wan" else {}
+    media = {field: (known[kinds.get(field, "image")],) for field in model.needs if field != "camera"}
+    inputs = {field: facts[0].path for field, facts in media.items()}
+    limits = {"vram": card.vram, "ram": card.ram} if card.vram else {"ram": card.ram}
+    request = Request(
+        model=model.name, prompt="a cat walks on grass", size=f"{width}x{height}", seed=0, **limits, **inputs,
+        camera="pan left" if "camera" in model.needs else None,
+    )  # fmt: skip
+    return request, media
+
+
+class Trials:
+    """Plans of runs of one model on one card, each from files as the catalog describes them."""
+
+    def __init__(self, model: CatalogEntry, store: Store, card: Card) -> None:
+        self.model, self.store, self.card = model, store, card
+        layouts = load_layouts()
+        picked = {role: choose_part(part_offers(part, store), card) for role, part in model.parts.items()}
+        self.parts = {role: offer.files[0] for role, offer in picked.items() if offer}
+        self._facts = {role: header(file, layouts[model.parts[role]]) for role, file in self.parts.items()}
+        self._layouts = dit_layouts(model)
+        if not self._layouts:
+            raise CatalogError(
+                f"{model.name} has a structure of its own, so that its memory cannot be planned from the catalog",
+                "pull its files by their names, one by one",
+                name=model.name,
+            )
+        self._made: dict[Offer, Plan | MachineError] = {}
+
+    @cached_property
+    def machine(self) -> Machine:
+        if not self.card.vram:
+            ram = self.card.ram
+            return Machine(memory_total=ram, memory_free=ram, ram_total=ram, bfloat16=self.card.bfloat16)
+        return Machine(
+            device="cuda", name=f"a card of {self.card.vram / 1e9:g} GB", memory_total=self.card.vram,
+            memory_free=self.card.vram, ram_total=self.card.ram, ram_free=self.card.ram,
+            fp8_matmul=self.card.fp8_matmul, bfloat16=self.card.bfloat16,
+        )  # fmt: skip
+
+    def plan(self, offer: Offer) -> Plan | MachineError:
+        """Return the plan of a run of these DiTs with the model's parts, or why it cannot fit."""
+        if offer not in self._made:
+            request, media = trial_request(self.model, self.card)
+            dits = {file.role: header(file, self._layouts[0]) for file in offer.files}
+            try:
+                facts = Facts(files={**dits, **self._facts}, media=media, machine=self.machine)
+                self._made[offer] = make_plan(request, self.model, facts)
+            except MachineError as error:
+                self._made[offer] = error
+        return self._made[offer]
+
+    def mode(self, offer: Offer) -> Mode:
+        made = self.plan(offer)
+        if isinstance(made, MachineError):
+            return "too big"
+        streams = any(ref.resident_blocks is not None for ref in made.experts.values())
+        if (streams or not self.card.vram) and offer.together + SYSTEM > self.card.ram:
+            return "from disk"
+        return "streamed" if streams else "resident"
+
+
+# --- choosing -------------------------------------------------------------------------------------------
+
+
+def judge(model: CatalogEntry, store: Store, card: Card) -> Judge | None:
+    """Return who says how files of a model run on a card; None for a model of unknown structure."""
+    return Trials(model, store, card).mode if dit_layouts(model) else None
+
+
+def provide(model: CatalogEntry, store: Store, card: Card, *, with_loras: bool = False) -> Provision:
     """Return the best files of a model for a card; MachineError where the disk holds none."""
-    parts = [choose_part(part_offers(part, store), card) for part in item.parts]
-    encoders = (file for offer in parts if offer for file in offer.files)
-    shared = tuple(one for file in encoders for one in with_tokenizer(file, store))
-    extra = loras(item, store) if with_loras else ()
-    taken = sum(file.bytes or 0 for file in (*shared, *extra))
-    left = replace(card, disk=None if card.disk is None else card.disk - taken)
-    on_offer = offers(item, store)
-    shape, activations = store.shapes[item.shape], activation_bytes(item, store)
-    num_layers = shape.num_layers
-    choice = choose(on_offer, left, activations, num_layers)
-    if choice is None:
-        raise _no_room(item, on_offer, card, taken)
-    notes = _notes(item, choice, on_offer, left, activations, num_layers)
-    streamed = 2 * choice.offer.largest / num_layers
-    weights = choice.offer.largest if choice.mode == "resident" else streamed
-    files = (*choice.offer.files, *shared, *extra)
-    return Provision(item, files, choice.mode, round(weights + activations), shape.size, shape.frames, notes)
+    trials = Trials(model, store, card)
+    shared = [one for file in trials.parts.values() for one in with_tokenizer(file, store)]
+    extra = loras(model, store) if with_loras else ()
+    choice = _choice(model, store, trials, sum(file.bytes or 0 for file in (*shared, *extra)))
+    trial = trials.plan(choice.offer)
+    notes = [_SENTENCES[choice.mode]] if choice.mode in _SENTENCES else []
+    if isinstance(trial, MachineError):
+        notes.append(f"{trial.message}; {trial.hint}")
+    return Provision(model, (*choice.offer.files, *shared, *extra), choice.mode, trial, tuple(notes))
 
 
-def provide_precision(item: FileSet, precision: str, store: Store, card: Card, *, with_loras: bool) -> Provision:
+def improvements(made: Provision, store: Store, card: Card, *, with_loras: bool = False) -> Iterator[str]:
+    """Yield what the next larger card, more RAM or more disk would bring, where they bring something."""
+    steps: Sequence[tuple[str, Iterable[Card]]] = (
+        ("VRAM", (replace(card, vram=tier) for tier in TIERS if card.vram and tier > card.vram)),
+        ("RAM", (replace(card, ram=size) for size in RAMS if size > card.ram)),
+        ("disk", (replace(card, disk=None),) if card.disk is not None else ()),
+    )
+    for what, cards in steps:
+        for more in cards:
+            better = provide(made.model, store, more, with_loras=with_loras)
+            if (better.files[0], better.mode) != (made.files[0], made.mode):
+                amount = {"VRAM": f"{more.vram / 1e9:.0f} GB of ", "RAM": f"{more.ram / 1e9:.0f} GB of "}
+                yield f"with {amount.get(what, 'more ')}{what}: {better.precision}, {better.mode}"
+                break
+
+
+def provide_precision(model: CatalogEntry, precision: str, store: Store, card: Card, *, with_loras: bool) -> Provision:
     """Return a model's files in one precision, or the nearest that was published, which a note then says."""
-    offer = nearest(offers(item, store), precision)
+    offer = nearest(offers(model, store), precision)
     if offer is None:
-        raise CatalogError(f"no file of {item.name} is known with its size", name=item.name)
-    only = Store(tuple(f for f in store.files if f.role not in ("dit", "dit_high") or f in offer.files), store.sets)
-    only = replace(only, parts=store.parts, shapes=store.shapes)
-    made = provide(item, only, card, with_loras=with_loras)
+        raise _unknown_size(model)
+    only = replace(store, files=tuple(f for f in store.files if f.role not in model.dit_roles or f in offer.files))
+    made = provide(model, only, card, with_loras=with_loras)
     if offer.precision.casefold() == precision.casefold():
         return replace(made, notes=())
     names = " and ".join(file.name for file in offer.files)
-    return replace(
-        made, notes=(f"{item.name} in {precision} was not published; nearest is {offer.precision}: {names}",)
-    )
+    text = f"{model.name} in {precision} was not published; nearest is {offer.precision}: {names}"
+    return replace(made, notes=(text,))
 
 
 def preset(name: str, store: Store) -> list[Provision]:
@@ -112,7 +218,17 @@ def preset(name: str, store: Store) -> list[Provision]:
         raise CatalogError(f"no preset is called {name!r}; there are {', '.join(store.presets)}", name=name)
     card = Card(int(key.removesuffix("GB")) * 10**9, 64 * 10**9)
     lines = store.presets[key].lines
-    return [provide_precision(store.sets[x.set], x.precision, store, card, with_loras=x.loras) for x in lines]
+    return [provide_precision(store.models[x.model], x.precision, store, card, with_loras=x.loras) for x in lines]
+
+
+def lacking(made: Provision, roles: Collection[str]) -> list[CatalogFile]:
+    """Return the files of a provision that fill `roles`, their tokenizers with them."""
+    brought = {"text_encoder": "tokenizer", "clip_text": "clip_tokenizer"}
+    wanted = {*roles, *(brought[role] for role in roles if role in brought)}
+    return [file for file in made.files if file.role in wanted]
+
+
+# --- what names stand for -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -131,29 +247,28 @@ def order(
     made, files, notes = list(also), list[CatalogFile](), list[str]()
     addresses = tuple(name for name in names if name.startswith(("hf:", "ms:")))
     for name in (name for name in names if name not in addresses):
-        if item := find_set(name, store):
-            made.append(provide(item, store, card, with_loras=with_loras))
+        if model := named(name, store.published):
+            made.append(provide(model, store, card, with_loras=with_loras))
         else:
             found = one_file(name, store)
             files += found.files
             notes += [found.note] if found.note else []
     for one in made:
-        notes += [f"{one.set.name}: {one.precision}, {one.bytes / 1e9:.1f} GB, {one.mode}", *one.notes]
+        notes += [f"{one.model.name}: {one.precision}, {one.bytes / 1e9:.1f} GB, {one.mode}", *one.notes]
     return Order(tuple(dict.fromkeys([*distinct(made), *files])), addresses, tuple(notes))
 
 
-def sets_of(task: str, store: Store) -> list[FileSet]:
+def models_of(task: str, store: Store) -> list[CatalogEntry]:
     """Return the models for a task, or the one model of that name; CatalogError names the tasks."""
-    wanted = task.casefold()
-    named = find_set(task, store)
-    found = [item for item in store.sets.values() if wanted in item.tasks] or ([named] if named else [])
-    if not found:
+    found = [model for model in store.published.values() if task.casefold() in model.tasks]
+    one = named(task, store.published)
+    if not found and one is None:
         raise CatalogError(f"no task or model is called {task!r}; tasks: {', '.join(tasks(store))}", name=task)
-    return found
+    return found or [model for model in (one,) if model]
 
 
 def tasks(store: Store) -> list[str]:
-    return list(dict.fromkeys(task for item in store.sets.values() for task in item.tasks))
+    return list(dict.fromkeys(task for model in store.models.values() for task in model.tasks))
 
 
 def distinct(provisions: Iterable[Provision]) -> list[CatalogFile]:
@@ -161,44 +276,34 @@ def distinct(provisions: Iterable[Provision]) -> list[CatalogFile]:
     return list(dict.fromkeys(file for made in provisions for file in made.files))
 
 
-def _notes(
-    item: FileSet, choice: Choice, on_offer: Sequence[Offer], card: Card, activations: float, num_layers: int
-) -> tuple[str, ...]:
-    """Say how the choice runs, and the next card, RAM or disk that changes it."""
-    notes = [_SENTENCES[choice.mode]] if choice.mode in _SENTENCES else []
-    for what, cards in (
-        ("VRAM", [replace(card, vram=tier) for tier in TIERS if tier > card.vram]),
-        ("RAM", [replace(card, ram=tier) for tier in (32 * 10**9, 64 * 10**9, 128 * 10**9) if tier > card.ram]),
-        ("disk", [replace(card, disk=None)] if card.disk is not None else []),
-    ):
-        for more in cards:
-            better = choose(on_offer, more, activations, num_layers)
-            if better and (better.offer != choice.offer or better.mode != choice.mode):
-                amount = {"VRAM": f"{more.vram // 10**9} GB of ", "RAM": f"{more.ram // 10**9} GB of "}.get(
-                    what, "more "
-                )
-                notes.append(f"with {amount}{what}: {better.offer.precision}, {better.mode}")
-                break
-    return tuple(notes)
-
-
 _SENTENCES = {
     "streamed": "the blocks of the DiT are streamed from RAM while it runs",
     "from disk": "RAM cannot hold the DiT: its blocks are read from disk at every step, which is slow",
-    "too big": "at the size it is planned for this does not fit; make videos smaller or shorter",
 }
 
 
-def _no_room(item: FileSet, on_offer: Sequence[Offer], card: Card, taken: int) -> KinemaFault:
+def _choice(model: CatalogEntry, store: Store, trials: Trials, taken: int) -> Choice:
+    on_offer, disk = offers(model, store), trials.card.disk
+    packed = [offer for offer in on_offer if kind(offer.precision) != "16-bit"]
+    if packed and trials.mode(smallest := min(packed, key=lambda offer: offer.largest)) == "too big":
+        on_offer = [offer for offer in on_offer if offer not in packed or offer == smallest]  # nor do the larger ones
+    choice = choose(on_offer, trials.mode, None if disk is None else disk - taken)
+    if choice:
+        return choice
     if not on_offer:
-        return CatalogError(f"no file of {item.name} is known with its size", name=item.name)
-    smallest = min(offer.together for offer in on_offer) + taken
-    return MachineError(
-        f"{item.name} needs {smallest / 1e9:.1f} GB of disk at least; {(card.disk or 0) / 1e9:.1f} GB are given",
+        raise _unknown_size(model)
+    least = min(offer.together for offer in on_offer) + taken
+    raise MachineError(
+        f"{model.name} needs {least / 1e9:.1f} GB of disk at least; {(disk or 0) / 1e9:.1f} GB are given",
         "free some, or name a smaller model",
-        need=smallest,
-        have=card.disk,
+        need=least,
+        have=disk,
     )
 
 
-KinemaFault = CatalogError | MachineError
+def _unknown_size(model: CatalogEntry) -> KinemaError:
+    return CatalogError(
+        f"no file of {model.name} is known with its size",
+        f"give bytes to its rows, in a catalog file of yours (used_by = [{model.name!r}])",
+        name=model.name,
+    )

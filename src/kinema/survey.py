@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from kinema.catalog import find_entry, load_catalog, matching_entries
 from kinema.catalog.choice import Card, tokenizer_of
-from kinema.catalog.files import FileSet, Store, load_store
+from kinema.catalog.files import load_store
 from kinema.catalog.folders import Folders
 from kinema.catalog.installed import Chosen, Need, find_files, missing
 from kinema.catalog.loras import known_lora, load_loras
@@ -30,7 +30,7 @@ from kinema.planning import MEDIA_FIELDS, check_media, output_folder
 from kinema.planning.camera import is_pose_file
 from kinema.planning.inputs import split_place
 from kinema.planning.speech import check_speech
-from kinema.provision import activation_bytes, provide
+from kinema.provision import judge, lacking, provide
 from kinema.runtime.machine import probe_machine
 from kinema.schema import CatalogEntry, Component, Facts, FileFacts, Machine, MediaFacts, Note, Request, Settings
 from kinema.weights.detect import components_in, find_tokenizer, inspect, resolve_folder
@@ -57,6 +57,7 @@ COMPONENTS: dict[str, tuple[Component, ...]] = {
 IMAGE_FIELDS = ("first", "last", "middle", "reference", "control_image", "control_mask")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 """Of a first image: what is a video, whose last frame is meant."""
+
 
 def survey(
     request: Request, settings: Settings, promised: Mapping[Path, MediaFacts] = MappingProxyType({})
@@ -155,7 +156,8 @@ def _locate(
         return {**resolve_folder(folder, given=flags), **flags}, ()
     if not missing(named, flags, _also(request)):
         return flags, ()
-    chosen = installed(named, settings, machine, given=flags, also=_also(request))
+    card = Card.of(machine, request.vram, request.ram)
+    chosen = installed(named, settings, card, given=flags, also=_also(request))
     return {**chosen.files, **flags}, (Note(about="files", text=chosen.note),) if chosen.note else ()
 
 
@@ -175,35 +177,25 @@ def _here(place: Path | str | None, settings: Settings) -> Path:
 
 
 def installed(
-    entry: CatalogEntry,
-    settings: Settings,
-    machine: Machine,
-    given: Collection[str] = (),
-    also: Collection[str] = (),
+    entry: CatalogEntry, settings: Settings, card: Card, given: Collection[str] = (), also: Collection[str] = ()
 ) -> Chosen:
-    """Return the best installed files of a model for this machine; CatalogError says what to pull where some lack."""
+    """Return the best installed files of a model for a card; CatalogError says what to pull where some lack."""
     store, folders = load_store(settings.catalogs), Folders.of(settings)
-    card = Card(machine.memory_total, machine.ram_total)
-    item = store.sets.get(entry.name)
-    need = Need(card, activation_bytes(item, store), store.shapes[item.shape].num_layers) if item else None
+    how = judge(entry, store, card)
+    need = Need(card, how) if how else None
     try:
         return find_files(entry, store, folders, need=need, given=given, also=also)
     except CatalogError as error:
-        if item is None or "missing" not in error.details:
+        if how is None or "missing" not in error.details:
             raise
-        error.details["pull"], told = _what_to_pull(item, store, card, error.details["missing"])
-        error.hint = f"type: kinema models pull {error.details['pull']}   ({told})\n{error.hint}"
+        name, files = entry.name, lacking(provide(entry, store, card), error.details["missing"])
+        if not files:  # a part that few runs use, of no set
+            files = [file for role in error.details["missing"] for file in store.serving(entry.part(role))[:1]]
+            name = f"ms:{files[0].repository}"
+        size, names = sum(file.bytes or 0 for file in files) / 1e9, ", ".join(file.name for file in files)
+        error.details["pull"] = name
+        error.hint = f"type: kinema models pull {name}   ({f'{size:.1f} GB: ' if size else ''}{names})\n{error.hint}"
         raise
-
-
-def _what_to_pull(item: FileSet, store: Store, card: Card, lacking: Collection[str]) -> tuple[str, str]:
-    """What brings the roles that lack, and how much that is: the set, or a repository of a part that few runs use."""
-    files = [file for file in provide(item, store, card).files if file.role in lacking]
-    if not files:
-        beside = next(file for file in store.serving(item.name) if file.role in lacking)
-        return f"ms:{beside.repository}", beside.name
-    size = sum(file.bytes or 0 for file in files) / 1e9
-    return item.name, f"{size:.1f} GB: {', '.join(file.name for file in files)}"
 
 
 def _near(path: Path) -> str:
@@ -319,7 +311,7 @@ def _tokenizer(request: Request, paths: Mapping[str, Path], encoder: FileFacts, 
         named = find_tokenizer(request.tokenizer) if request.tokenizer.is_dir() else request.tokenizer
         if named is None or named.suffix not in (".model", ".json"):
             raise CatalogError(
-                f"--tokenizer {request.tokenizer} is no tokenizer of {part}: spiece.model, tokenizer.json or their folder",
+                f"--tokenizer {request.tokenizer} is no {part} tokenizer: spiece.model, tokenizer.json or their folder",
                 "leave it out: `kinema models pull` brings one with the text encoder",
                 name=str(request.tokenizer),
             )

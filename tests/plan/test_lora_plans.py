@@ -127,7 +127,7 @@ def test_what_the_user_says_wins_over_a_preset_and_is_told() -> None:
 
 
 def test_every_preset_and_pair_names_models_and_files() -> None:
-    published = set(load_store().sets)
+    published = set(load_store().published)
     for lora in KNOWN.values():
         assert lora.used_by and lora.files and lora.title
         assert set(lora.used_by) <= published, lora.name

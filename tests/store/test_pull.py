@@ -339,6 +339,20 @@ def test_modelscope_helps_where_the_hub_is_gone_and_the_hash_is_known(hub: FakeH
     assert only_file(tmp_path) == DATA
 
 
+def test_modelscope_helps_where_the_length_is_known_exactly_and_says_so(hub: FakeHub, tmp_path: Path):
+    hub.modelscope["PAI/Repo/vae/x.safetensors"] = hub.files["Org/Repo/vae/x.safetensors"]
+    gone = hub.hub.model_copy(update={"endpoint": "http://127.0.0.1:9"})
+    other = Wanted("alibaba-pai/Repo", "vae/x.safetensors", MODEL.place, bytes=len(DATA) + 1)
+    with pytest.raises(CatalogError, match="cannot be reached") as caught:
+        get(hub, tmp_path, other, settings=gone)
+    assert "--source ms" in caught.value.hint and f"{len(DATA):,} bytes" in caught.value.hint
+    nothing_final(tmp_path)
+    known = Wanted(other.repository, other.path, other.place, bytes=len(DATA))
+    events = get(hub, tmp_path, known, settings=gone)
+    assert only_file(tmp_path) == DATA
+    assert any(isinstance(event, Note) and "comes from ModelScope" in event.text for event in events)
+
+
 def test_modelscope_can_be_named(hub: FakeHub, tmp_path: Path):
     hub.modelscope["Org/Repo/vae/x.safetensors"] = hub.files["Org/Repo/vae/x.safetensors"]
     client = HubClient(hub.hub, patience=0)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from kinema.catalog import choice, load_catalog
+from kinema.catalog import load_catalog
 from kinema.catalog.choice import kind, offers, part_offers
-from kinema.catalog.files import CatalogFile, alternatives, find_files, find_set, load_store, search
+from kinema.catalog.files import CatalogFile, alternatives, find_files, load_store, search
 from kinema.catalog.folders import KEYS
+from kinema.catalog.table import named
 from kinema.errors import CatalogError
-from kinema.planning import memory
 
 STORE = load_store()
 
@@ -78,6 +78,21 @@ def test_a_file_is_found_by_the_name_people_use(name: str):
         assert {file.name for file in found.files} == {name.rsplit("/", 1)[-1]}
 
 
+@pytest.mark.parametrize(
+    ("spelled", "repository"),
+    [
+        ("https://huggingface.co/Comfy-Org/flux1-dev/resolve/main/flux1-dev-fp8.safetensors", "Comfy-Org/flux1-dev"),
+        ("https://hf-mirror.com/Wan-AI/Wan2.1-T2V-14B/blob/main/Wan2.1_VAE.pth?download=true", "Wan-AI/Wan2.1-T2V-14B"),
+        ("/workspace/ComfyUI/models/clip/clip_l.safetensors", "comfyanonymous/flux_text_encoders"),
+        ("https://huggingface.co/Wan-Lab/Wan2.2/resolve/main/wan2.2_t2v_14B_fp8_scaled.safetensors",
+         "Comfy-Org/Wan_2.2_ComfyUI_Repackaged"),
+        ("google/umt5-xxl", "Wan-AI/Wan2.1-T2V-1.3B"),
+    ],
+)  # fmt: skip
+def test_addresses_and_paths_of_guides_are_understood(spelled: str, repository: str):
+    assert repository in {file.repository for file in find_files(spelled, STORE).files}
+
+
 @pytest.mark.parametrize("words", SEED_WORDS)
 def test_words_find_files_of_every_word(words: str):
     found = search(words, STORE)
@@ -96,7 +111,7 @@ def test_a_name_that_was_never_published_is_answered_with_the_real_one(name: str
 
 @pytest.mark.parametrize("name", SEED_MODELS)
 def test_a_model_is_found_by_its_official_name(name: str):
-    found = find_set(name, STORE)
+    found = named(name, STORE.published)
     assert found is not None and found.name == SEED_MODELS[name]
 
 
@@ -123,30 +138,17 @@ def test_rows_are_distinct_and_sound():
 
 
 def test_no_two_files_of_a_set_want_the_same_place():
-    for item in STORE.sets.values():
-        for offer in offers(item, STORE):
+    for model in STORE.published.values():
+        for offer in offers(model, STORE):
             places = [file.place for file in offer.files]
             assert len(places) == len(set(places)), places
 
 
-@pytest.mark.parametrize("item", STORE.sets.values(), ids=lambda item: item.name)
+@pytest.mark.parametrize("item", STORE.published.values(), ids=lambda item: item.name)
 def test_every_set_has_its_files(item):
     assert offers(item, STORE)
-    assert all(part_offers(part, STORE) for part in item.parts)
-    assert item.shape in STORE.shapes and item.use and item.tasks
-
-
-def test_models_and_sets_agree():
-    for name, entry in load_catalog().items():
-        item = STORE.sets.get(name)
-        if item is None:
-            continue
-        assert item.experts == (entry.experts if "high" in entry.experts else ()), name
-        assert ("flux-ae" if entry.family == "flux" else f"{entry.vae}-vae") in item.parts, name
-        assert ("clip-vit-h" in item.parts) == bool(entry.structure.get("has_clip_tokens")), name
-        shape = STORE.shapes[item.shape]
-        assert shape.dim == entry.structure["dim"], name
-        assert shape.num_layers == entry.structure.get("num_layers", shape.num_layers), name
+    assert all(part_offers(part, STORE) for part in item.parts.values())
+    assert item.use and item.tasks
 
 
 def test_every_role_of_a_model_has_a_published_file():
@@ -196,8 +198,8 @@ def test_rows_of_the_user_come_first(tmp_path: Path):
     store = load_store((file,))
     assert store.files[0].repository == "me/mine" and store.files[0].licence == "mit"
     assert (
-        offers(store.sets["wan2.1-t2v-1.3b"], store)[1].files[0].repository == "me/mine"
-        or offers(store.sets["wan2.1-t2v-1.3b"], store)[0].files[0].repository == "me/mine"
+        offers(store.models["wan2.1-t2v-1.3b"], store)[1].files[0].repository == "me/mine"
+        or offers(store.models["wan2.1-t2v-1.3b"], store)[0].files[0].repository == "me/mine"
     )
     assert load_catalog((file,)) == load_catalog()
 
@@ -212,10 +214,6 @@ def test_a_row_that_is_no_file_is_refused_with_its_place(tmp_path: Path, row: st
     with pytest.raises(CatalogError, match="me/mine, file 1") as caught:
         load_store((file,))
     assert word in str(caught.value)
-
-
-def test_a_choice_counts_as_a_plan_does():
-    assert (choice.CONTEXT, choice.USABLE) == (memory.CONTEXT, memory.USABLE)
 
 
 def test_folders_are_those_of_comfyui():

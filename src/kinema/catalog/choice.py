@@ -1,16 +1,17 @@
-"""Which of several files a card gets: what is on offer, in which precision, and the first that memory allows.
+"""Which of several files a card gets: what is on offer, in which precision, and the first that runs well.
 
-Pure arithmetic over file sizes. What a run needs beside the weights is passed in as a number.
+How an offer runs is asked of a Judge, who plans it; nothing here knows of memory but the text encoder's share.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from kinema.catalog.files import CatalogFile, FileSet, Store
+from kinema.catalog.files import CatalogFile, Store
+from kinema.schema import CatalogEntry, Machine
 
 ORDER = (
     "16-bit", "fp8_scaled", "Q8_0", "int8", "fp8_e5m2_scaled", "Q6_K", "fp8", "Q5_K_M", "Q5_1", "Q5_K_S", "Q5_0",
@@ -18,13 +19,10 @@ ORDER = (
 )  # fmt: skip
 """Precisions that are read, best first. Plain fp8 stands low: it rounds norms and biases too."""
 
-CONTEXT = 600_000_000  # of the card, before the first tensor; as planning.memory, which keeps to both in a run
-USABLE = 0.95  # of what is left
-SYSTEM = 4_000_000_000  # of the RAM: the system and this process
-BLOCKS_AT_ONCE = 2  # of a streamed DiT: the one that runs and the one that arrives
 TEXT_ENCODER_SHARE = 0.45  # of the card: it leaves, but not before the DiT's first blocks arrive
 
 Mode = Literal["resident", "streamed", "from disk", "too big"]
+"""How a DiT runs, best first: it stays on the card; its blocks are streamed from RAM, or from disk; it does not."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +47,30 @@ class Offer:
 
 @dataclass(frozen=True)
 class Card:
-    """What a machine has, in bytes; disk None is not looked at."""
+    """What a machine has, in bytes; vram 0 is a CPU alone, disk None is not looked at."""
 
     vram: int
     ram: int
     disk: int | None = None
+    fp8_matmul: bool = False
+    bfloat16: bool = True
+
+    @classmethod
+    def of(cls, machine: Machine, vram: int | None = None, ram: int | None = None, disk: int | None = None) -> Card:
+        """Return what a machine has, with amounts given instead."""
+        own = 0 if machine.device == "cpu" else machine.memory_total
+        return cls(vram or own, ram or machine.ram_total, disk, machine.fp8_matmul, machine.bfloat16)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An offer and how it runs: resident on the card, its blocks streamed from RAM, or read from disk each step."""
+    """An offer and how it runs."""
 
     offer: Offer
     mode: Mode
+
+
+Judge = Callable[[Offer], Mode]
 
 
 def kind(precision: str) -> str | None:
@@ -86,11 +95,11 @@ def rank(precision: str) -> int:
     return ORDER.index(name) if name else len(ORDER)
 
 
-def offers(item: FileSet, store: Store) -> list[Offer]:
+def offers(model: CatalogEntry, store: Store) -> list[Offer]:
     """Return the DiTs of a model in every precision that is read and whose size is known, best first."""
-    roles = ("dit", "dit_high") if item.experts else ("dit",)
+    roles = model.dit_roles
     groups: dict[tuple[str, str], dict[str, CatalogFile]] = {}
-    for file in store.serving(item.name):
+    for file in store.serving(model.dit_of or model.name):
         if file.role in roles and _is_plain(file):
             groups.setdefault((file.repository, file.precision), {}).setdefault(file.role, file)
     whole = [Offer(tuple(group[role] for role in roles)) for group in groups.values() if len(group) == len(roles)]
@@ -112,40 +121,42 @@ def tokenizer_of(part: str, store: Store) -> CatalogFile:
 
 def with_tokenizer(encoder: CatalogFile, store: Store) -> tuple[CatalogFile, ...]:
     """Return an encoder with its tokenizer where its file does not hold it: ComfyUI's umT5 files and GGUF files do."""
-    holds = encoder.serves("umt5-xxl") and (encoder.repository.startswith("Comfy-Org/") or encoder.name.endswith(".gguf"))
+    holds = encoder.serves("umt5-xxl") and (
+        encoder.repository.startswith("Comfy-Org/") or encoder.name.endswith(".gguf")
+    )
     part = next((part for part in ("umt5-xxl", "t5-xxl", "clip-l") if encoder.serves(part)), None)
     return (encoder,) if holds or part is None else (encoder, tokenizer_of(part, store))
 
 
-def loras(item: FileSet, store: Store) -> tuple[CatalogFile, ...]:
+def loras(model: CatalogEntry, store: Store) -> tuple[CatalogFile, ...]:
     """Return the four-step LoRAs of a model: one, or one an expert, of the first repository that has them."""
     found: dict[str | None, CatalogFile] = {}
-    for file in store.serving(item.name):
+    for file in store.serving(model.name):
         if file.role == "lora" and re.search(r"(?i)4step|lightx2v", file.name):
             found.setdefault(file.expert, file)
-    experts: Sequence[str | None] = item.experts or (None, "high")
-    chosen = [found[expert] for expert in experts if expert in found]
-    return tuple(chosen if item.experts and len(chosen) == len(item.experts) else chosen[:1])
+    pair = "high" in model.experts
+    chosen = [found[expert] for expert in (model.experts if pair else (None, "high")) if expert in found]
+    return tuple(chosen if pair and len(chosen) == 2 else chosen[:1])
 
 
-def choose(given: Sequence[Offer], card: Card, activations: float, num_layers: int) -> Choice | None:
-    """Return the best offer that runs on a card; None where nothing is on offer within the disk.
+def choose(given: Sequence[Offer], judge: Judge, disk: int | None = None) -> Choice | None:
+    """Return the best offer that runs; None where nothing is on offer within the disk.
 
     Best is first in ORDER. 16-bit weights have to stay on the card to be taken before smaller ones; the others may be
     streamed block by block from RAM. Where RAM cannot hold them either, the smallest is read from disk.
     """
-    fitting = [offer for offer in given if card.disk is None or offer.together <= card.disk]
-    modes = [(offer, _mode(offer, card, activations, num_layers)) for offer in fitting]
-    for offer, mode in modes:
+    judged = []
+    for offer in (offer for offer in given if disk is None or offer.together <= disk):
+        mode = judge(offer)
         if mode == "resident" or (mode == "streamed" and kind(offer.precision) != "16-bit"):
             return Choice(offer, mode)
-    left = sorted(modes, key=lambda pair: (pair[1] != "streamed", pair[0].largest))
-    return Choice(*left[0]) if left else None
+        judged.append(Choice(offer, mode))
+    return min(judged, key=lambda one: (get_args(Mode).index(one.mode), one.offer.largest), default=None)
 
 
 def choose_part(given: Sequence[Offer], card: Card) -> Offer | None:
     """Return the best file of a shared part within its share of the card, else the smallest: it runs on the CPU."""
-    room = card.vram * TEXT_ENCODER_SHARE
+    room = (card.vram or card.ram) * TEXT_ENCODER_SHARE
     return next((offer for offer in given if offer.largest <= room), min(given, key=lambda o: o.largest, default=None))
 
 
@@ -158,15 +169,6 @@ def nearest(given: Iterable[Offer], precision: str) -> Offer | None:
         return not same, offer.precision[:4] != precision[:4], abs(rank(offer.precision) - wanted)
 
     return min(given, key=distance, default=None)
-
-
-def _mode(offer: Offer, card: Card, activations: float, num_layers: int) -> Mode:
-    room = USABLE * (card.vram - CONTEXT) - activations
-    if offer.largest <= room:
-        return "resident"
-    if BLOCKS_AT_ONCE * offer.largest / num_layers > room:
-        return "too big"
-    return "streamed" if offer.together + SYSTEM <= card.ram else "from disk"
 
 
 def _preference(offer: Offer) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Which files there are: rows of files.toml, the sets and presets of sets.toml, looked up by any spelling.
+"""Which files there are: rows of files.toml, the parts and presets of parts.toml, looked up by any spelling.
 
 Owns those tables and the search in them; knows nothing of this machine, its folders or the network. The shipped
 tables are read once, when first asked for (0.05 s), so that commands which need none of it do not pay.
@@ -10,7 +10,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from kinema.catalog.table import letters, load_catalog
 from kinema.errors import CatalogError, RequestError
-from kinema.schema import Component, Frozen
+from kinema.schema import CatalogEntry, Frozen
 
 
 class CatalogFile(Frozen):
@@ -72,45 +73,14 @@ class CatalogFile(Frozen):
         return f"{self.folder}/{self.name}" if self.folder else f"{self.repository}/{self.path}".rstrip("/")
 
     def serves(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.used_by)
-
-
-class Shape(Frozen):
-    """What memory arithmetic needs of a DiT, and the run a set is planned for. stride: pixels a latent cell."""
-
-    dim: int
-    ffn_dim: int
-    num_layers: int
-    size: tuple[int, int]
-    frames: int
-    stride: int = 8
-
-
-class FileSet(Frozen):
-    """What makes a model run: its own files and the shared parts.
-
-    parameters, tensors   of one DiT in the official layout, None where nobody counted them.
-    """
-
-    name: str
-    title: str
-    aliases: tuple[str, ...] = ()
-    tasks: tuple[str, ...]
-    use: str = ""
-    experts: tuple[Literal["high", "low"], ...] = ()
-    parts: tuple[str, ...]
-    shape: str
-    parameters: int | None = None
-    tensors: int | None = None
+        return name in self.used_by or any("*" in row and fnmatchcase(name, row) for row in self.used_by)
 
 
 class Part(Frozen):
-    """A file that several models share; `component` is what its header shows."""
+    """A file that several models share."""
 
     role: str
     title: str
-    component: Component
-    parameters: int | None = None
 
 
 class Renamed(Frozen):
@@ -123,7 +93,7 @@ class Renamed(Frozen):
 class PresetLine(Frozen):
     """One model of a preset, in the precision its menu names."""
 
-    set: str
+    model: str
     precision: str
     loras: bool = False
 
@@ -137,12 +107,11 @@ class Preset(Frozen):
 
 @dataclass(frozen=True)
 class Store:
-    """All tables together; files in order of preference."""
+    """All tables together; files in order of preference, models as they are listed."""
 
     files: tuple[CatalogFile, ...]
-    sets: dict[str, FileSet]
+    models: dict[str, CatalogEntry]
     parts: dict[str, Part] = field(default_factory=dict)
-    shapes: dict[str, Shape] = field(default_factory=dict)
     renames: dict[str, Renamed] = field(default_factory=dict)
     presets: dict[str, Preset] = field(default_factory=dict)
 
@@ -150,9 +119,19 @@ class Store:
         """Return the files of a model or shared part, best repository first."""
         return [file for file in self.files if file.serves(name)]
 
+    def groups(self, model: CatalogEntry) -> dict[str, list[CatalogFile]]:
+        """Return the files of a model's DiT and of each of its parts, by name."""
+        names = dict.fromkeys((model.dit_of or model.name, *model.parts.values()))
+        return {name: self.serving(name) for name in names}
+
+    @property
+    def published(self) -> dict[str, CatalogEntry]:
+        """Return the models whose files are known: all but the one that ships in the package."""
+        return {name: model for name, model in self.models.items() if name != "demo"}
+
 
 def load_store(extra: Sequence[Path] = ()) -> Store:
-    """Return the shipped tables and the `repositories` tables of the user's catalog files, which come first.
+    """Return the shipped tables with the rows of the user's catalog files: models, and repositories, which come first.
 
     Raises CatalogError for a row that is no file.
     """
@@ -160,19 +139,18 @@ def load_store(extra: Sequence[Path] = ()) -> Store:
     own = [file for path in extra for file in _user_files(path)]
     named = {(file.repository, file.path) for file in own}
     rest = (file for file in shipped.files if (file.repository, file.path) not in named)
-    return Store((*own, *rest), shipped.sets, shipped.parts, shipped.shapes, shipped.renames, shipped.presets)
+    return replace(shipped, files=(*own, *rest), models=load_catalog(extra)) if extra else shipped
 
 
 @cache
 def _shipped() -> Store:
     folder = resources.files("kinema.catalog")
-    table = tomllib.loads(folder.joinpath("sets.toml").read_text("utf-8"))
+    table = tomllib.loads(folder.joinpath("parts.toml").read_text("utf-8"))
     files = tomllib.loads(folder.joinpath("files.toml").read_text("utf-8"))
     return Store(
         tuple(read_files("kinema/catalog/files.toml", files["repositories"])),
-        {name: FileSet(name=name, **row) for name, row in table["sets"].items()},
+        load_catalog(),
         {name: Part(**row) for name, row in table["parts"].items()},
-        {name: Shape(**row) for name, row in table["shapes"].items()},
         {name: Renamed(**row) for name, row in table["renames"].items()},
         {name: Preset(**row) for name, row in table["presets"].items()},
     )
@@ -207,6 +185,10 @@ def _fault(error: Exception) -> str:
     return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
+ADDRESS = re.compile(r"^https?://[^/]+/|(?<=/)(resolve|blob)/[^/]+/|[?#].*$")
+"""What an address of a hub has around repository and path."""
+
+
 # --- looking up ------------------------------------------------------------------------------------
 
 
@@ -218,27 +200,19 @@ class Found:
     note: str = ""
 
 
-def find_set(name: str, store: Store) -> FileSet | None:
-    """Return the set called `name` in any case; official names count: Wan2.2-I2V-A14B, i2v-A14B, FLUX.1-dev."""
-    wanted = _letters(name.rsplit("/", 1)[-1])
-    for item in store.sets.values():
-        spellings = {item.name, item.name.removeprefix("wan2.2-").removeprefix("wan2.1-"), *item.aliases}
-        if wanted in map(_letters, spellings):
-            return item
-    return None
-
-
 def find_files(name: str, store: Store) -> Found:
-    """Return the files that a spelling means: a file name, a path, a repository, or words to search for.
+    """Return the files that a spelling means: a file name, a path, an address, a repository, or words to search for.
 
     Names that circulate and were never published give the real ones, and say so. CatalogError names the nearest.
     """
-    renamed = {_letters(key): value for key, value in store.renames.items()}.get(_letters(name))
-    if renamed:
-        files = tuple(file for real in renamed.real for file in _named(real, store))
-        return Found(files, f"{name} was never published: {renamed.why}")
-    if exact := _named(name, store):
-        return Found(exact)
+    inside = ADDRESS.sub("", name)
+    renamed = {letters(key): value for key, value in store.renames.items()}
+    for spelled in dict.fromkeys((inside, inside.rstrip("/").rsplit("/", 1)[-1])):
+        if other := renamed.get(letters(spelled)):
+            files = tuple(file for real in other.real for file in _named(real, store))
+            return Found(files, f"{spelled} was never published: {other.why}")
+        if exact := _named(spelled, store):
+            return Found(exact)
     if near := search(name, store):
         return Found(near)
     names = {file.name.casefold(): file.name for file in store.files}
@@ -260,7 +234,7 @@ def one_file(name: str, store: Store) -> Found:
         return found
     repositories = {file.repository for file in found.files}
     if len({(file.name, file.bytes) for file in found.files}) == 1 and len(repositories) == len(found.files):
-        return Found((next((file for file in found.files if not file.gated), found.files[0]),))
+        return Found((min(found.files, key=lambda file: (bool(file.gated), file.folder is None)),))
     rows = [f"{file.repository}/{file.path}" for file in found.files]
     raise RequestError(
         f"{name} may be {len(rows)} files: {', '.join(rows[:6])}{', ...' if len(rows) > 6 else ''}",
@@ -293,10 +267,6 @@ def _spellings(file: CatalogFile) -> set[str]:
 def _text(file: CatalogFile) -> str:
     words = (file.repository, file.path, file.precision, file.role, *file.used_by)
     return " ".join(words).casefold().replace("-", " ")
-
-
-def _letters(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", name.casefold()).strip()
 
 
 def alternatives(file: CatalogFile, store: Store) -> list[CatalogFile]:

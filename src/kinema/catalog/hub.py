@@ -55,6 +55,7 @@ class HubClient:
     def __init__(self, hub: Hub, *, connections: int = 8, patience: float = 0.5, timeout: float = 30.0) -> None:
         self.hub = hub
         self.patience = patience
+        self._gone: set[str] = set()  # hosts that did not answer: asked once more, not TRIES times
         limits = httpx2.Limits(max_connections=connections + 2, max_keepalive_connections=connections + 2)
         self.http = httpx2.Client(
             headers={"User-Agent": f"kinema/{VERSION}", "Accept-Encoding": "identity"},
@@ -110,19 +111,23 @@ class HubClient:
 
     def again(self, ask: Callable[[], httpx2.Response], url: str) -> httpx2.Response:
         """Return an answer; ask again where the network fails or the hub is busy. CatalogError when it stays so."""
-        for attempt in range(TRIES):
+        host = urlsplit(url).netloc
+        tries = 1 if host in self._gone else TRIES
+        for attempt in range(tries):
             try:
                 response = ask()
             except httpx2.TransportError as error:
                 fault: str = str(error) or type(error).__name__
             else:
                 if response.status_code not in (429, 500, 502, 503, 504):
+                    self._gone.discard(host)
                     return response
                 fault = f"answers {response.status_code}"
-            if attempt < TRIES - 1:
+            if attempt < tries - 1:
                 time.sleep(min(self.patience * 2**attempt, 20))
+        self._gone.add(host)
         raise CatalogError(
-            f"{urlsplit(url).netloc} cannot be reached: {fault}",
+            f"{host} cannot be reached: {fault}",
             "check the network; HF_ENDPOINT names a mirror, `ms:OWNER/NAME` takes ModelScope instead",
             name=url,
             unreachable=True,

@@ -1,4 +1,7 @@
-"""Which installed files a model runs from: the best of official folders, ComfyUI's folders and the hub's cache."""
+"""Which installed files a model runs from: the best of official folders, ComfyUI's folders and the hub's cache.
+
+Headers are read only where a name does not tell what a file holds, so that a look at an empty folder loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,11 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from kinema.catalog.choice import Card, Choice, Offer, choose, choose_part, kind, offers, part_offers, rank
-from kinema.catalog.files import CatalogFile, FileSet, Store
+from kinema.catalog.choice import Card, Choice, Judge, Offer, choose, choose_part, kind, offers, part_offers, rank
+from kinema.catalog.files import CatalogFile, Store
 from kinema.catalog.folders import Folders
 from kinema.errors import CatalogError, CheckpointError, KinemaError
 from kinema.schema import CatalogEntry, Component
-from kinema.weights.detect import components_in, resolve_folder
-
-PARTS = {
-    "wan": {
-        "text_encoder": "umt5-xxl",
-        "clip_vision": "clip-vit-h",
-        "audio_encoder": "wav2vec2",
-        "motion_controller": "wan2.1-speedcontrol-1.3b",
-    },
-    "flux": {
-        "vae": "flux-ae",
-        "text_encoder": "t5-xxl",
-        "clip_text": "clip-l",
-        "clip_vision": "sigclip-so400m",
-        "redux": "flux.1-redux-dev",
-    },
-}
-"""Family -> role -> the shared part that fills it; the vae of a Wan model is that of the entry."""
-
 
 SHORT = 0.8  # of the published size; sizes of the catalog are right within 5 %
 
@@ -42,11 +26,10 @@ INSIDE: dict[Component, str] = {"flux_vae": "vae", "t5": "text_encoder", "clip_t
 
 @dataclass(frozen=True)
 class Need:
-    """What the choice of files is made for: a card, and what a run takes beside the weights."""
+    """What the choice of files is made for: a card, and who knows how a DiT runs on it."""
 
     card: Card
-    activations: float
-    num_layers: int
+    judge: Judge
 
 
 @dataclass(frozen=True)
@@ -90,14 +73,15 @@ def find_files(
     models = [*_listed(entry, store, folders), *_offered(entry, store, folders), *_halves(entry, whole)]
     found: dict[str, Path] = {}
     note = ""
-    wanted = set(_dit_roles(entry)) - set(given)
+    wanted = set(entry.dit_roles) - set(given)
     if models and wanted:
         best, note = _choose(entry, models, need)
         found |= {role: best.paths[role] for role in wanted}
-    for role in (*needed_roles(entry), *also):
-        if not role.startswith("dit") and role not in given:
-            found |= _part(role, entry, store, folders, whole, need)
+    for role in (role for role in (*entry.parts, *also) if role not in given):
+        found |= _part(role, entry, store, folders, whole, need)
     if entry.family == "flux" and "dit" in found:
+        from kinema.weights.detect import components_in
+
         held = components_in(found["dit"])
         inside = {role: found["dit"] for kind, role in INSIDE.items() if kind in held and role not in given}
         found = {**inside, **found}
@@ -117,20 +101,9 @@ def find_files(
     return Chosen(found, note)
 
 
-def needed_roles(entry: CatalogEntry) -> list[str]:
-    """Return the roles without which this model cannot run."""
-    needed = ["dit", "vae", "text_encoder"]
-    needed += ["dit_high"] if "high" in entry.experts else []
-    needed += ["clip_vision"] if entry.structure.get("has_clip_tokens") else []
-    needed += ["clip_text"] if entry.family == "flux" else []
-    needed += ["clip_vision", "redux"] if entry.redux else []
-    needed += ["audio_encoder"] if entry.structure.get("speech") else []
-    return needed
-
-
 def missing(entry: CatalogEntry, found: Collection[str], also: Collection[str] = ()) -> list[str]:
     """Return the roles without which this model cannot run, and those of `also`, that `found` lacks."""
-    return [role for role in (*needed_roles(entry), *also) if role not in found]
+    return [role for role in (*entry.roles, *also) if role not in found]
 
 
 def demo_files() -> dict[str, Path]:
@@ -156,32 +129,20 @@ def size_on_disk(path: Path) -> int:
 # --- what is here --------------------------------------------------------------------------------
 
 
-def _dit_roles(entry: CatalogEntry) -> tuple[str, ...]:
-    return ("dit", "dit_high") if "high" in entry.experts else ("dit",)
-
-
 def _listed(entry: CatalogEntry, store: Store, folders: Folders) -> Iterator[Installed]:
     """Yield the DiTs that the entry itself names, pair by pair."""
-    for names in zip(*(entry.files.get(role, ()) for role in _dit_roles(entry)), strict=False):
-        files = [_row(name, role, store) for name, role in zip(names, _dit_roles(entry), strict=True)]
+    for names in zip(*(entry.files.get(role, ()) for role in entry.dit_roles), strict=False):
+        files = [_row(name, role, store) for name, role in zip(names, entry.dit_roles, strict=True)]
         yield from _locate(files, folders)
 
 
 def _offered(entry: CatalogEntry, store: Store, folders: Folders) -> Iterator[Installed]:
-    item = store.sets.get(entry.name) or FileSet(
-        name=entry.name,
-        title="",
-        tasks=(),
-        parts=(),
-        shape="",
-        experts=("high", "low") if "high" in entry.experts else (),
-    )
-    for offer in offers(item, store):
+    for offer in offers(entry, store):
         yield from _locate(offer.files, folders)
 
 
 def _halves(entry: CatalogEntry, whole: list[Installed]) -> Iterator[Installed]:
-    yield from (one for one in whole if set(_dit_roles(entry)) <= one.paths.keys())
+    yield from (one for one in whole if set(entry.dit_roles) <= one.paths.keys())
 
 
 def _locate(files: Collection[CatalogFile], folders: Folders) -> Iterator[Installed]:
@@ -211,6 +172,8 @@ def _repository_folders(
     for repository in entry.repositories:
         for folder in folders.in_repository(repository):
             if folder.is_dir():
+                from kinema.weights.detect import resolve_folder
+
                 try:
                     paths = resolve_folder(folder)
                 except (CatalogError, CheckpointError) as error:
@@ -239,7 +202,7 @@ def _choose(entry: CatalogEntry, models: list[Installed], need: Need | None) -> 
     if need is None or len(different) == 1:
         return different[0], ""
     trimmed = {id(one): Offer(tuple(f for f in one.offer.files if f.role.startswith("dit"))) for one in different}
-    choice = choose(list(trimmed.values()), need.card, need.activations, need.num_layers)
+    choice = choose(list(trimmed.values()), need.judge)
     if choice is None:
         return different[0], ""
     best = next(one for one in different if trimmed[id(one)] == choice.offer)
@@ -247,16 +210,17 @@ def _choose(entry: CatalogEntry, models: list[Installed], need: Need | None) -> 
 
 
 def _reason(entry: CatalogEntry, best: Installed, choice: Choice, need: Need, count: int) -> str:
-    names = " and ".join(best.paths[role].name for role in _dit_roles(entry))
-    size = f"{choice.offer.largest / 1e9:.1f} GB" + (" each" if len(_dit_roles(entry)) > 1 else "")
-    return f"of {count} installed sets, {names} ({size}) is used: {choice.mode} on {need.card.vram / 1e9:.0f} GB"
+    names = " and ".join(best.paths[role].name for role in entry.dit_roles)
+    size = f"{choice.offer.largest / 1e9:.1f} GB" + (" each" if len(entry.dit_roles) > 1 else "")
+    where = f"{need.card.vram / 1e9:.0f} GB" if need.card.vram else "the CPU"
+    return f"of {count} installed sets, {names} ({size}) is used: {choice.mode} on {where}"
 
 
 def _part(
     role: str, entry: CatalogEntry, store: Store, folders: Folders, whole: list[Installed], need: Need | None
 ) -> dict[str, Path]:
     """Return the best installed file of a shared part, with its tokenizer where it came with one."""
-    part = _part_name(role, entry)
+    part = entry.part(role)
     rows = [_row(name, role, store) for name in entry.files.get(role, ())]
     rows += [offer.files[0] for offer in part_offers(part, store)]
     rows += [file for file in store.serving(part) if file.role == role and kind(file.precision) and file not in rows]
@@ -271,10 +235,6 @@ def _part(
     return {}
 
 
-def _part_name(role: str, entry: CatalogEntry) -> str:
-    return PARTS[entry.family].get(role) or f"{entry.vae}-vae"
-
-
 def _where_to_put(entry: CatalogEntry, roles: list[str], store: Store) -> str:
     lines = [f"put them in a models folder under these names, or name each with its flag, for {entry.name}:"]
     lines += [f"  --{role.replace('_', '-')}: {' or '.join(_names(entry, role, store)[:4])}" for role in roles]
@@ -285,7 +245,8 @@ def _where_to_put(entry: CatalogEntry, roles: list[str], store: Store) -> str:
 
 def _names(entry: CatalogEntry, role: str, store: Store) -> list[str]:
     if role.startswith("dit"):
-        rows = [file for file in store.serving(entry.name) if file.role == role and not file.tuned]
+        dits = store.serving(entry.dit_of or entry.name)
+        rows = [file for file in dits if file.role == role and not file.tuned]
     else:
-        rows = store.serving(_part_name(role, entry))
+        rows = store.serving(entry.part(role))
     return list(dict.fromkeys([*entry.files.get(role, ()), *(file.place for file in rows if kind(file.precision))]))

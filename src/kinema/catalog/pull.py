@@ -95,7 +95,9 @@ def pull(
     try:
         expanded = [one for file in files for one in _expanded(file, client)]
         missing = [file for file in expanded if not _is_there(file, root, client)]
-        transfers = [Transfer(_described(file, client), root / file.place, chunk) for file in missing]
+        described = [(file, _described(file, client)) for file in missing]
+        yield from (_elsewhere(file, remote) for file, remote in described if remote.hub != file.hub)
+        transfers = [Transfer(remote, root / file.place, chunk) for file, remote in described]
         _check_room(transfers)
         yield from _run(transfers, client, connections, cancelled)
     finally:
@@ -113,15 +115,27 @@ def _expanded(file: Wanted, client: HubClient) -> list[Wanted]:
 
 
 def _described(file: Wanted, client: HubClient) -> Remote:
-    """Ask the hub; ModelScope where Hugging Face cannot be reached and the file's hash is known beforehand."""
+    """Ask the hub; ModelScope where Hugging Face cannot be reached, and has the very file by its hash or its length."""
     try:
         return client.describe(file.repository, file.path, file.hub)
     except CatalogError as error:
-        if file.hub == "ms" or not error.details.get("unreachable") or file.sha256 is None:
+        if file.hub == "ms" or not error.details.get("unreachable"):
             raise
         with suppress(CatalogError):
-            return client.describe(file.repository, file.path, "ms")
+            found = client.describe(file.repository, file.path, "ms")
+            if found.sha256 == file.sha256 if file.sha256 and found.sha256 else found.bytes == file.bytes:
+                return found
+            error.hint = (
+                f"ModelScope has a file of this name, {found.bytes:,} bytes, and the catalog does not know enough to "
+                f"say that it is the same: --source ms takes it all the same\n{error.hint}"
+            )
         raise
+
+
+def _elsewhere(file: Wanted, remote: Remote) -> Note:
+    by = "hash" if file.sha256 and remote.sha256 else "length"
+    text = f"Hugging Face cannot be reached: {file.path} comes from ModelScope, whose {by} is the catalog's"
+    return Note(about="pull", text=text)
 
 
 def _is_there(file: Wanted, root: Path, client: HubClient) -> bool:

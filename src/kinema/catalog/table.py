@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -42,14 +43,28 @@ def load_catalog(extra: Sequence[Path] = ()) -> dict[str, CatalogEntry]:
 
 
 def find_entry(name: str, catalog: Mapping[str, CatalogEntry]) -> CatalogEntry:
-    """Return the model called `name` (or one of its aliases, in any case); CatalogError names the nearest."""
-    wanted = name.casefold()
-    spelled = {alias.casefold(): entry for entry in catalog.values() for alias in (entry.name, *entry.aliases)}
-    if wanted in spelled:
-        return spelled[wanted]
-    near = difflib.get_close_matches(wanted, spelled, n=3, cutoff=0.5)
+    """Return the model that `name` means; CatalogError names the nearest."""
+    if found := named(name, catalog):
+        return found
+    spelled = {letters(spelling): entry for entry in catalog.values() for spelling in _spellings(entry)}
+    near = difflib.get_close_matches(letters(name), spelled, n=3, cutoff=0.5)
     hint = f"nearest: {', '.join(sorted({spelled[n].name for n in near}))}" if near else "see `kinema models`"
     raise CatalogError(f"no model is called {name!r}; known: {', '.join(catalog)}", hint, name=name)
+
+
+def named(name: str, catalog: Mapping[str, CatalogEntry]) -> CatalogEntry | None:
+    """Return the model called `name` in any case, with or without its owner: Wan-AI/Wan2.2-I2V-A14B, FLUX.1-dev."""
+    wanted = letters(name.rsplit("/", 1)[-1])
+    return next((entry for entry in catalog.values() if wanted in map(letters, _spellings(entry))), None)
+
+
+def letters(name: str) -> str:
+    """Return a name as it is compared: in lower case, with one space for blanks, - and _."""
+    return re.sub(r"[\s_-]+", " ", name.casefold()).strip()
+
+
+def _spellings(entry: CatalogEntry) -> tuple[str, ...]:
+    return (entry.name, entry.name.removeprefix("wan2.2-").removeprefix("wan2.1-"), *entry.aliases)
 
 
 def matching_entries(config: Mapping[str, Any], catalog: Mapping[str, CatalogEntry]) -> list[CatalogEntry]:

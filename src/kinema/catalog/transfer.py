@@ -12,7 +12,7 @@ import os
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 
@@ -39,7 +39,8 @@ class Transfer:
         self.lock = filelock.FileLock(folder / f"{place.name}.lock", thread_local=False)
         self._write = threading.Lock()
         self._hash = threading.Lock()
-        self._fd = -1
+        self._at = threading.Lock()  # one place in the file at a time: Windows has no pwrite
+        self._file: BinaryIO | None = None
         self._read_state()
 
     @property
@@ -58,18 +59,20 @@ class Transfer:
         self._read_state()
         if not self.done:
             self.part.unlink(missing_ok=True)
-        self._fd = os.open(self.part, os.O_RDWR | os.O_CREAT, 0o644)
+            self.part.touch()
+        self._file = self.part.open("r+b", buffering=0)
         self._save_state()
         self._fresh_hash()
 
     def put(self, offset: int, data: bytes) -> None:
-        while data:
-            data = data[(written := os.pwrite(self._fd, data, offset)) :]
-            offset += written
+        with self._at:
+            self._opened.seek(offset)
+            while data:
+                data = data[self._opened.write(data) :]
 
     def finish_piece(self, index: int) -> None:
         """Flush a piece and note it down; only then would it survive a loss of power."""
-        os.fsync(self._fd)
+        os.fsync(self._opened.fileno())
         with self._write:
             self.done.add(index)
             self._save_state()
@@ -97,7 +100,7 @@ class Transfer:
                 )
         record = {"repository": self.remote.repository, "path": self.remote.path, "bytes": self.remote.bytes}
         _write_whole(self.part.with_name(f"{self.place.name}.json"), {**record, "sha256": found["sha256"]})
-        os.fsync(self._fd)
+        os.fsync(self._opened.fileno())
         self.close()
         self.part.replace(self.place)
         _flush_folder(self.place.parent)
@@ -110,15 +113,22 @@ class Transfer:
         self.done, self.received = set(), 0
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    @property
+    def _opened(self) -> BinaryIO:
+        assert self._file is not None, "open() comes first"
+        return self._file
 
     def _hash_on(self) -> None:
         while self._hashed in self.done:
             begin, end = self.span(self._hashed)
             for offset in range(begin, end, BUFFER):
-                data = os.pread(self._fd, min(BUFFER, end - offset), offset)
+                with self._at:
+                    self._opened.seek(offset)
+                    data = self._opened.read(min(BUFFER, end - offset))
                 self._sha256.update(data)
                 self._sha1.update(data)
             self._hashed += 1

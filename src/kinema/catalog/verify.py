@@ -13,6 +13,7 @@ from typing import Literal
 
 from kinema.catalog.files import CatalogFile, Store
 from kinema.catalog.folders import Folders
+from kinema.catalog.layouts import dit_layouts, load_layouts
 from kinema.catalog.transfer import record_of
 from kinema.errors import CheckpointError
 from kinema.schema import FileFacts
@@ -124,10 +125,9 @@ def _fits(row: CatalogFile, facts: FileFacts, store: Store) -> bool:
     """
     if row.shards or row.role in ("lora", "module", "checkpoint", "controlnet", "preview"):
         return True
-    for part in (store.parts[name] for name in row.used_by if name in store.parts):
-        if facts.component != part.component or part.parameters not in (None, facts.parameters):
-            return False
-    sets = [item for item in store.sets.values() if row.serves(item.name) and item.parameters]
-    if row.role in ("dit", "dit_high") and sets:
-        return any((facts.parameters, facts.tensors) == (item.parameters, item.tensors) for item in sets)
-    return row.role not in ("dit", "dit_high") or facts.component in ("dit", "flux_dit")
+    if row.role in ("dit", "dit_high"):
+        models = (model for model in store.models.values() if row.serves(model.name))
+        sizes = {(one.parameters, one.tensors) for model in models for one in dit_layouts(model)}
+        return facts.component in ("dit", "flux_dit") and (not sizes or (facts.parameters, facts.tensors) in sizes)
+    parts = [load_layouts()[name] for name in row.used_by if name in store.parts]
+    return not parts or any((facts.component, facts.parameters) == (one.component, one.parameters) for one in parts)

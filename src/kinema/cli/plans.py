@@ -9,7 +9,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from kinema.catalog import load_catalog
 from kinema.catalog.files import Store, load_store
 from kinema.catalog.folders import Folders
 from kinema.catalog.installed import find_files
@@ -74,12 +73,19 @@ def _facts(plan: Plan) -> Table:
 
 def _memory(plan: Plan) -> list[str]:
     """How the run keeps within its memory, and which of it the user decided."""
-    expert = next(iter(plan.experts.values()))
-    count, stay = len(block_parameters(expert)), expert.resident_blocks
-    encoder = plan.text_encoder
     said = [f"within {gigabytes(plan.limits.device)}"] if plan.limits.device else []
     if plan.device != "cpu" and plan.limits.host:
         said.append(f"{gigabytes(plan.limits.host)} on the host")
+    said += memory_choices(plan)
+    given = ", ".join(_asked(plan, field) for field in plan.limits.given)
+    return [*said, f"as asked: {given}"] if given else said
+
+
+def memory_choices(plan: Plan) -> list[str]:
+    """Return what a plan does to keep within its memory, in words."""
+    expert = next(iter(plan.experts.values()))
+    count, stay = len(block_parameters(expert)), expert.resident_blocks
+    encoder, said = plan.text_encoder, list[str]()
     if stay is not None:
         said.append(f"{stay} of {count} blocks of the DiT stay, the others are streamed")
     elif plan.device != "cpu":
@@ -89,9 +95,7 @@ def _memory(plan: Plan) -> list[str]:
     said += ["text encoder on the CPU"] if encoder.device == "cpu" and plan.device != "cpu" else []
     said += ["VAE cache on the host"] if plan.vae_cache == "cpu" else []
     said += [f"VAE in tiles of {plan.tile} pixels"] if plan.tile else []
-    said += [f"VAE takes {plan.chunk} latent frames at a time"] if plan.chunk > 1 else []
-    given = ", ".join(_asked(plan, field) for field in plan.limits.given)
-    return [*said, f"as asked: {given}"] if given else said
+    return [*said, f"VAE takes {plan.chunk} latent frames at a time"] if plan.chunk > 1 else said
 
 
 def _asked(plan: Plan, field: str) -> str:
@@ -159,8 +163,8 @@ def models_text(settings: Settings) -> tuple[str, list[dict[str, Any]]]:
     for column in ("model", "what it is", "takes", "size", "frames", "installed"):
         table.add_column(column)
     rows = []
-    catalog, store, folders = load_catalog(settings.catalogs), load_store(settings.catalogs), Folders.of(settings)
-    for entry in catalog.values():
+    store, folders = load_store(settings.catalogs), Folders.of(settings)
+    for entry in store.models.values():
         files, lacks = _installed(entry, store, folders)
         table.add_row(
             entry.name,
@@ -183,11 +187,8 @@ def models_text(settings: Settings) -> tuple[str, list[dict[str, Any]]]:
                 "missing": lacks,
             }
         )
-    others = [item.name for item in store.sets.values() if item.name not in catalog]
     console = _page()
     console.print(table)
-    if others:
-        console.print(f"files are known, and no model runs them yet: {', '.join(others)}", markup=False)
     console.print(f"searched: {', '.join(map(str, settings.models)) or 'no folder'}", markup=False)
     return _text(console), rows
 

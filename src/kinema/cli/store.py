@@ -65,14 +65,16 @@ def search(call: Call, *words: Annotated[str, Parameter(name="WORD", help="words
 
 def show(call: Call, *words: Annotated[str, Parameter(name="NAME", help="a model or a file")]) -> int:
     """Show a model with all its files, or a file with all that is known of it."""
-    from kinema.catalog.files import find_files, find_set
-    from kinema.cli.store_pages import files_page, set_page
+    from kinema.catalog.files import find_files
+    from kinema.catalog.table import named
+    from kinema.cli.store_pages import files_page, model_page
 
     store, folders = _opened(call)
     name = _some(words, "show", "NAME")
-    item = find_set(name, store)
+    model = named(name, store.published)
+    page = model_page(model, store, folders) if model else files_page(find_files(name, store), folders, True)
     with make_teller(call.json) as teller:
-        teller.show(*(set_page(item, store, folders) if item else files_page(find_files(name, store), folders, True)))
+        teller.show(*page)
     return 0
 
 
@@ -88,12 +90,14 @@ def plan(
 ) -> int:
     """Say which files to take for a card, and why; what they come to, and what more memory would bring."""
     from kinema.cli.store_pages import plan_page
+    from kinema.provision import improvements
 
     store, folders = _opened(call)
     card = _card(vram, ram, disk)
     made = _provisions(task, preset, store, card, loras)
+    more = {one.model.name: tuple(improvements(one, store, card, with_loras=loras)) for one in made if not preset}
     with make_teller(call.json) as teller:
-        teller.show(*plan_page(made, card, folders))
+        teller.show(*plan_page(made, card, folders, more))
     return 0
 
 
@@ -156,12 +160,15 @@ def verify(
 
 def where(call: Call, *words: Annotated[str, Parameter(name="NAME", help="a model or a file")]) -> int:
     """Print where the files of a name lie on this machine."""
-    from kinema.catalog.files import find_files, find_set
+    from kinema.catalog.files import find_files
+    from kinema.catalog.table import named
 
     store, folders = _opened(call)
     name = _some(words, "where", "NAME")
-    item = find_set(name, store)
-    rows = [f for n in (item.name, *item.parts) for f in store.serving(n)] if item else find_files(name, store).files
+    model = named(name, store.published)
+    rows = (
+        [file for group in store.groups(model).values() for file in group] if model else find_files(name, store).files
+    )
     places = {str(place): file for file in rows if (place := folders.locate(file))}
     if not places:
         raise CatalogError(f"no file of {name} is installed", f"type: kinema models pull {name}", name=name)
@@ -293,24 +300,24 @@ def _opened(call: Call) -> tuple[Store, Folders]:
 def _card(vram: str | None, ram: str | None, disk: str | None) -> Card:
     from kinema.catalog.choice import Card
 
-    room = parse_bytes(disk, "--disk") if disk else None
-    if vram:
-        return Card(parse_bytes(vram, "--vram"), parse_bytes(ram, "--ram") if ram else DEFAULT_RAM, room)
+    sizes = {"--vram": vram, "--ram": ram, "--disk": disk}
+    given = {flag: parse_bytes(text, flag) if text else None for flag, text in sizes.items()}
+    if given["--vram"]:
+        return Card(given["--vram"], given["--ram"] or DEFAULT_RAM, given["--disk"])
     from kinema.runtime.machine import probe_machine
 
-    machine = probe_machine()
-    return Card(machine.memory_total, parse_bytes(ram, "--ram") if ram else machine.ram_total, room)
+    return Card.of(probe_machine(), None, given["--ram"], given["--disk"])
 
 
 def _provisions(task: str | None, menu: str | None, store: Store, card: Card, loras: bool) -> list[Provision]:
-    from kinema.provision import preset, provide, sets_of
+    from kinema.provision import models_of, preset, provide
 
     if task and menu:
         raise RequestError(f"--task {task} and --preset {menu} both say what", "leave one out", field="task", got=task)
     if menu:
         return preset(menu, store)
-    items = sets_of(task, store) if task else list(store.sets.values())
-    return [provide(item, store, card, with_loras=loras) for item in items]
+    wanted = models_of(task, store) if task else list(store.published.values())
+    return [provide(model, store, card, with_loras=loras) for model in wanted]
 
 
 def _moves(call: Call, moves: Sequence[Move], notes: Sequence[str], yes: bool) -> int:
@@ -337,21 +344,15 @@ def _there(folder: Path) -> str:
 
 
 def pull_missing(error: CatalogError, settings: Settings, teller: Teller) -> None:
-    """Fetch what a run lacks, as its error says: files of a model for this card, or an address."""
-    asked = error.details["pull"]
-    if asked.startswith(("hf:", "ms:")):
-        pull_files((), (asked,), settings, teller)
-    else:
-        pull_files(_missing_files(error, settings), (), settings, teller)
-
-
-def _missing_files(error: CatalogError, settings: Settings) -> list[CatalogFile]:
+    """Fetch what a run lacks, as its error says: files of a model for this card, a file, or an address."""
     from kinema.catalog.choice import Card
     from kinema.catalog.files import load_store
-    from kinema.provision import provide
+    from kinema.provision import lacking, order, provide
     from kinema.runtime.machine import probe_machine
 
-    store, machine = load_store(settings.catalogs), probe_machine()
-    item = store.sets[error.details["pull"]]
-    made = provide(item, store, Card(machine.memory_total, machine.ram_total))
-    return [file for file in made.files if file.role in (*error.details["missing"], "tokenizer")]
+    store, card, asked = load_store(settings.catalogs), Card.of(probe_machine()), error.details["pull"]
+    if asked in store.models:
+        files: Sequence[CatalogFile] = lacking(provide(store.models[asked], store, card), error.details["missing"])
+        return pull_files(files, (), settings, teller)
+    named = order((asked,), store, card)
+    pull_files(named.files, named.addresses, settings, teller)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,11 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from kinema.catalog.choice import Card
-from kinema.catalog.files import CatalogFile, FileSet, Found, Store
+from kinema.catalog.files import CatalogFile, Found, Store
 from kinema.catalog.folders import Folders
 from kinema.catalog.moves import Move
+from kinema.cli.plans import memory_choices
 from kinema.cli.tell import gigabytes
-from kinema.provision import Provision, distinct
+from kinema.errors import MachineError
+from kinema.provision import Provision, distinct, trial_size
+from kinema.schema import CatalogEntry
 
 WIDTH = 10_000
 MOST_ROWS = 60
@@ -41,27 +45,29 @@ def files_page(found: Found, folders: Folders, whole: bool = False) -> Page:
     return "\n".join(lines), {"note": found.note, "files": [_row(file, folders) for file in found.files]}
 
 
-def set_page(item: FileSet, store: Store, folders: Folders) -> Page:
+def model_page(model: CatalogEntry, store: Store, folders: Folders) -> Page:
     """Return a model with its files and those of its shared parts."""
-    rows = {name: store.serving(name) for name in (item.name, *item.parts)}
-    lines = [f"{item.name}: {item.title}", f"  {item.use}", f"  tasks: {', '.join(item.tasks)}"]
+    rows = store.groups(model)
+    lines = [f"{model.name}: {model.title}", f"  {model.use}", f"  tasks: {', '.join(model.tasks)}"]
     for name, files in rows.items():
-        lines += ["", f"{name}:" if name == item.name else f"{name} ({store.parts[name].title}):"]
+        lines += ["", f"{name} ({store.parts[name].title}):" if name in store.parts else f"{name}:"]
         lines += [files_page(Found(tuple(files)), folders)[0]]
-    data = {"name": item.name, "title": item.title, "tasks": list(item.tasks)}
+    data = {"name": model.name, "title": model.title, "tasks": list(model.tasks)}
     return "\n".join(lines), data | {"files": {n: [_row(f, folders) for f in files] for n, files in rows.items()}}
 
 
-def plan_page(made: Sequence[Provision], card: Card, folders: Folders) -> Page:
-    """Return which files each model takes on a card, and what they come to."""
+def plan_page(
+    made: Sequence[Provision], card: Card, folders: Folders, more: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> Page:
+    """Return which files each model takes on a card, and what they come to; `more`: what a larger one would bring."""
     disk = f", {gigabytes(card.disk)} of disk" if card.disk else ""
-    lines = [f"for {gigabytes(card.vram)} of VRAM and {gigabytes(card.ram)} of RAM{disk}:"]
+    where = f"{gigabytes(card.vram)} of VRAM" if card.vram else "the CPU"
+    lines = [f"for {where} and {gigabytes(card.ram)} of RAM{disk}:"]
     for one in made:
-        size = "x".join(map(str, _size_of(one)))
-        lines += ["", f"{one.set.name}: {one.precision}, {one.mode}, {gigabytes(one.bytes)} of files"]
-        lines += [f"  {one.set.use}", f"  peak about {gigabytes(one.peak_bytes)} at {size}"]
+        lines += ["", f"{one.model.name}: {one.precision}, {one.mode}, {gigabytes(one.bytes)} of files"]
+        lines += [f"  {one.model.use}", f"  {_run(one)}"]
         lines += [f"  {_size(f):>9}  {f.repository}/{f.path}{_mark(f, folders)}" for f in one.files]
-        lines += [f"  note: {note}" for note in one.notes]
+        lines += [f"  note: {note}" for note in (*one.notes, *more.get(one.model.name, ()))]
     files = distinct(made)
     absent = [file for file in files if folders.locate(file) is None]
     lines += [
@@ -75,8 +81,9 @@ def plan_page(made: Sequence[Provision], card: Card, folders: Folders) -> Page:
         "bytes": _sum(files),
         "to_pull": _sum(absent),
         "models": [
-            {"name": one.set.name, "precision": one.precision, "mode": one.mode, "bytes": one.bytes,
-             "peak_bytes": one.peak_bytes, "notes": list(one.notes), "files": [_row(f, folders) for f in one.files]}
+            {"name": one.model.name, "precision": one.precision, "mode": one.mode, "bytes": one.bytes,
+             "peak_bytes": one.peak_bytes, "notes": [*one.notes, *more.get(one.model.name, ())],
+             "files": [_row(f, folders) for f in one.files]}
             for one in made
         ],
     }  # fmt: skip
@@ -119,8 +126,13 @@ def _size(file: CatalogFile) -> str:
     return "unknown" if file.bytes is None else gigabytes(file.bytes)
 
 
-def _size_of(made: Provision) -> tuple[int, int, int]:
-    return (*made.size, made.frames)
+def _run(made: Provision) -> str:
+    """Say what the run that files were chosen by takes, in the words of `kinema plan`."""
+    size = "x".join(map(str, trial_size(made.model)))
+    if isinstance(made.trial, MachineError):
+        return f"at {size} it does not fit"
+    size += f", {made.trial.frames} frames" if made.trial.frames > 1 else ""
+    return "; ".join([f"peak about {gigabytes(made.peak_bytes)} at {size}", *memory_choices(made.trial)])
 
 
 def _sum(files: Iterable[CatalogFile]) -> int:

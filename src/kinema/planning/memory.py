@@ -6,6 +6,7 @@ structure from a catalog) answers what would fit a card. The engine keeps to the
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
@@ -379,16 +380,17 @@ def _texts(plan: Plan, request: Request) -> Variants:
 
 
 def _samplers(plan: Plan, request: Request) -> Variants:
-    """Whole, then with the feed-forward in parts, then with fewer and fewer blocks resident."""
+    """Whole, then with the feed-forward in parts, then with as many blocks resident as fit."""
     yield plan
     some = next(iter(plan.experts.values()))
     if request.ffn_tokens is None and "ffn_dim" in some.config:
         pieces = activations.ffn_pieces(some.config, BYTES[some.dtype])
         plan = _each_expert(plan, ffn_tokens=-(-plan.tokens // pieces))
         yield plan
-    if request.blocks_to_swap is None and not _stays_mapped(some):
-        for resident in range(len(block_parameters(some)) - 1, -1, -1):
-            yield _each_expert(plan, resident_blocks=resident)
+    if request.blocks_to_swap is None and block_parameters(some) and not _stays_mapped(some):
+        counts = range(len(block_parameters(some)))  # what fits with some of them resident, fits with fewer
+        full = bisect_left(counts, True, key=lambda n: not _fits(_each_expert(plan, resident_blocks=n), "sample"))
+        yield _each_expert(plan, resident_blocks=max(full - 1, 0))
 
 
 def _each_expert(plan: Plan, **update: Any) -> Plan:

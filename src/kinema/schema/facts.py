@@ -126,9 +126,29 @@ class Facts(Frozen):
     output_free: int | None = None
 
 
+PARTS = {
+    "wan": {
+        "text_encoder": "umt5-xxl",
+        "clip_vision": "clip-vit-h",
+        "audio_encoder": "wav2vec2",
+        "motion_controller": "wan2.1-speedcontrol-1.3b",
+    },
+    "flux": {
+        "vae": "flux-ae",
+        "text_encoder": "t5-xxl",
+        "clip_text": "clip-l",
+        "clip_vision": "sigclip-so400m",
+        "redux": "flux.1-redux-dev",
+    },
+}
+"""Family -> role -> the part of the catalog that fills it; the vae of a Wan model is that of its entry."""
+
+
 class CatalogEntry(Frozen):
     """One model: the facts no file holds. Numbers are the official defaults.
 
+    tasks, use   what it is for: words of `kinema models plan --task`, and a sentence for people who choose.
+    dit_of       another model, whose DiT this one runs with.
     structure    fields of the DiT's configuration that its header must show; true for an adapter it must have,
                  "optional" for one that only some of its files have.
     takes, needs Request fields the model accepts, of media and of what only some have, and those it cannot do without.
@@ -147,7 +167,10 @@ class CatalogEntry(Frozen):
 
     name: str
     title: str
+    tasks: tuple[str, ...] = ()
+    use: str = ""
     family: Literal["wan", "flux"] = "wan"
+    dit_of: str = ""
     experts: tuple[Expert, ...] = ("model",)
     structure: dict[str, Any]
     vae: Literal["wan2.1", "wan2.2", "flux"]
@@ -179,6 +202,28 @@ class CatalogEntry(Frozen):
     repositories: tuple[str, ...] = ()
     files: dict[str, tuple[str, ...]] = {}
     aliases: tuple[str, ...] = ()
+
+    @property
+    def dit_roles(self) -> tuple[str, ...]:
+        """Return the roles of its DiTs: of two experts the low-noise one first."""
+        return ("dit", "dit_high") if "high" in self.experts else ("dit",)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Return the roles of the files without which it cannot run."""
+        clip = bool(self.structure.get("has_clip_tokens"))
+        more = {"clip_vision": clip or self.redux, "clip_text": self.family == "flux", "redux": self.redux}
+        more["audio_encoder"] = bool(self.structure.get("speech"))
+        return (*self.dit_roles, "vae", "text_encoder", *(role for role, needed in more.items() if needed))
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Return the shared part of the catalog that fills each role beside the DiT's."""
+        return {role: self.part(role) for role in self.roles if role not in self.dit_roles}
+
+    def part(self, role: str) -> str:
+        """Return the shared part of the catalog that fills a role beside the DiT's."""
+        return PARTS[self.family].get(role) or f"{self.vae}-vae"
 
     def misfit(self, config: Mapping[str, Any]) -> str | None:
         """Return the first field in which a DiT's configuration is not this model's, None where all agree.

@@ -1,0 +1,207 @@
+"""Every model's set is whole: pulled into an empty folder it runs with no further file, and as `models plan` said."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from checkpoints import BYTES
+from kinema.catalog.choice import kind, offers
+from kinema.catalog.files import CatalogFile, load_store
+from kinema.catalog.layouts import dit_layouts
+from kinema.catalog.pull import pull, wanted
+from kinema.errors import MachineError
+from kinema.planning import make_plan
+from kinema.provision import TIERS, Card, Provision, Trials, preset, provide, trial_request
+from kinema.schema import CatalogEntry, Facts, FileFacts, Plan, Request, Settings
+from kinema.survey import survey
+from kinema.weights.detect import inspect
+from kinema.weights.gguf import gguf_header
+from kinema.weights.quantised.blocks import BLOCK_TYPES
+from sounds import save_sound, tone_with_clicks
+from store import record_layouts
+from store.hub import FakeHub, running_hub
+from tiny_world import film, picture, spiece_model
+
+STORE = load_store()
+BIG, RAM = Card(80 * 10**9, 128 * 10**9), 32 * 10**9
+MODELS = list(STORE.published.values())
+SPIECE = spiece_model()
+MATRIX = re.compile(r".*block.*(?<!pos_embedding\.embedding)(?<!relative_attention_bias)\.weight")
+IN_FULL = {"Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K"}
+IN_FULL |= {"Q3_K_L": "Q4_K", "Q6_K": "Q6_K", "Q2_K": "Q2_K"}
+
+
+@cache
+def shapes() -> dict[str, dict[str, tuple[int, ...]]]:
+    return dict(record_layouts.layouts())
+
+
+def tensors_of(model: CatalogEntry, file: CatalogFile) -> dict[str, tuple[int, ...]]:
+    part = next((name for name in model.parts.values() if file.serves(name) and name in STORE.parts), None)
+    if part and STORE.parts[part].role == file.role:
+        return shapes()[part]
+    return shapes()[model.dit_of or model.name]
+
+
+def write_headers(path: Path, tensors: Mapping[str, tuple[int, ...]], precision: str, spiece: bytes = b"") -> None:
+    """Write a file of published form: its header in full, numbers as a hole."""
+    how = kind(precision) or "16-bit"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if how.startswith("Q"):
+        return write_gguf(path, tensors, IN_FULL.get(how, how))
+    rows: list[tuple[str, str, tuple[int, ...]]] = []
+    plain = "F32" if "32" in precision else "F16" if "fp16" in precision else "BF16"
+    for name, shape in tensors.items():
+        if how == "16-bit" or len(shape) != 2 or not (MATRIX.fullmatch(name) or how == "fp8"):
+            rows.append((name, plain, shape))
+            continue
+        rows.append((name, "I8" if how == "int8" else "F8_E4M3", shape))
+        if how != "fp8":
+            rows.append((name.removesuffix("weight") + "scale_weight", "F32", (shape[0], 1) if how == "int8" else ()))
+    if how == "fp8_scaled":
+        rows.append(("scaled_fp8", "F8_E4M3", (0,)))
+    rows += [("spiece_model", "U8", (len(spiece),))] if spiece else []
+    header, end = {}, 0
+    for name, dtype, shape in rows:
+        size = math.prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    raw = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + end)
+        file.seek(8 + len(raw) + end - len(spiece))
+        file.write(spiece)
+
+
+def write_gguf(path: Path, tensors: Mapping[str, tuple[int, ...]], how: str) -> None:
+    rows = []
+    for name, shape in tensors.items():
+        block, packs = BLOCK_TYPES[how], len(shape) == 2 and shape[1] % BLOCK_TYPES[how].weights == 0
+        size = math.prod(shape) // block.weights * block.bytes if packs else 4 * math.prod(shape)
+        rows.append((name, shape, how if packs else "F32", size))
+    raw, starts = gguf_header(rows, {"general.architecture": "wan"})
+    with path.open("wb") as file:
+        file.write(raw)
+        file.truncate(starts[-1] + rows[-1][3] + 32)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("media")
+    image, clip = picture(folder / "image.png"), film(folder / "clip.mp4")
+    sound = save_sound(folder / "talk.wav", tone_with_clicks(1.0, 16_000, []), 16_000)
+    return {"image": image, "video": clip, "audio": sound}
+
+
+def facts_of(made: Provision, root: Path, media: dict[str, Path]) -> Facts:
+    """Ask the survey for a run of a pulled set; the inputs' facts are then those of the trial."""
+    request, inputs = trial_request(made.model, BIG)
+    given = {field: media[facts[0].kind] for field, facts in inputs.items()}
+    given |= {"control": media["image"]} if made.model.family == "flux" and "control" in inputs else {}
+    fields = request.model_dump(exclude_unset=True, exclude={"vram", "ram"})
+    asked = Request.model_validate(fields | given)
+    _, facts = survey(asked, Settings(models=(root,), store=root))
+    return facts
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[FakeHub]:
+    with running_hub() as hub:
+        yield hub
+
+
+def pulled(made: Provision, root: Path, hub: FakeHub) -> None:
+    """Pull a set from a hub that holds small files, then put headers of full size in the places of checkpoints."""
+    for file in made.files:
+        inside = file.paths or tuple(f"{file.path}{name}" for name in ("spiece.model", "tokenizer_config.json"))
+        for path in inside:
+            hub.add(f"{file.repository}/{path}", SPIECE if path.endswith("spiece.model") else b"{}")
+    list(pull(wanted(made.files), root, hub.hub, patience=0.0, connections=1))
+    for file in made.files:
+        if "tokenizer" not in file.role and file.role != "lora":
+            place = root / file.place
+            assert place.is_file(), "it was pulled to where it is looked for"
+            holds = file.serves("umt5-xxl") and (file.repository.startswith("Comfy-Org") or place.suffix == ".gguf")
+            dense = "bf16" if place.suffix == ".gguf" else file.precision
+            write_headers(place, tensors_of(made.model, file), dense, SPIECE if holds else b"")
+
+
+SETS = {model.name: provide(model, STORE, BIG) for model in MODELS}
+SETS |= {f"{name}, {made.model.name}": made for name in STORE.presets for made in preset(name, STORE)}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_nothing_is_missing_once_a_set_is_pulled(name: str, tmp_path: Path, media: dict[str, Path], hub: FakeHub):
+    made = SETS[name]
+    pulled(made, tmp_path, hub)
+    facts = facts_of(made, tmp_path, media)
+    assert set(facts.files) == set(made.model.roles)
+    assert facts.tokenizer or facts.files["text_encoder"].has_tokenizer
+    assert facts.clip_tokenizer or made.model.family != "flux"
+
+
+# --- `models plan` and `kinema plan` ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def headers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileFacts]]:
+    yield {}
+
+
+def real_plan(model: CatalogEntry, trials: Trials, files: list[CatalogFile], folder: Path, known: dict) -> Plan | None:
+    """Plan the trial's run from files of full size, read by their headers."""
+    found = {}
+    for file in files:
+        key = f"{file.repository}/{file.path} of {model.name if 'dit' in file.role else ''}"
+        if key not in known:
+            path = folder / f"{file.role}.safetensors"
+            write_headers(path, tensors_of(model, file), file.precision)
+            known[key] = inspect(path).model_copy(update={"path": Path(file.place), "files": (Path(file.place),)})
+            path.unlink()
+        found[file.role] = known[key]
+    request, inputs = trial_request(model, trials.card)
+    try:
+        return make_plan(request, model, Facts(files=found, media=inputs, machine=trials.machine))
+    except MachineError:
+        return None
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_both_plans_say_the_same_on_every_card(model: CatalogEntry, tmp_path: Path, headers: dict[str, FileFacts]):
+    for tier in TIERS:
+        trials = Trials(model, STORE, Card(tier, RAM))
+        made = provide(model, STORE, trials.card)
+        assert made.bytes and all(file.role != "lora" for file in made.files)
+        files = [file for file in made.files if file.role in model.roles]
+        real = real_plan(model, trials, files, tmp_path, headers)
+        assert (real is None) == isinstance(made.trial, MachineError), tier
+        if real is None:
+            assert made.mode == "too big" and ("--size" in made.notes[-1] or "--frames" in made.notes[-1])
+            continue
+        assert isinstance(made.trial, Plan) and made.peak_bytes <= tier
+        for theirs, ours in zip(real.experts.values(), made.trial.experts.values(), strict=True):
+            blocks = [len(ref.blocks) if ref.resident_blocks is None else ref.resident_blocks for ref in (theirs, ours)]
+            quantised = bool(theirs.quantisation)
+            assert abs(blocks[0] - blocks[1]) <= (2 if quantised else 0), (tier, made.precision, blocks)
+            assert theirs.weight_bytes == pytest.approx(ours.weight_bytes, rel=0.06 if quantised else 0), made.precision
+        peaks = [max(cost.peak_bytes for cost in plan.costs) for plan in (real, made.trial)]
+        assert peaks[0] == pytest.approx(peaks[1], rel=0.05), (tier, made.precision)
+    assert made.mode == "resident", "80 GB hold every model"
+
+
+def test_the_layouts_are_those_of_the_models():
+    assert record_layouts.LAYOUTS.read_text("utf-8") == record_layouts.text(), "run: tests/store/record_layouts.py"
+
+
+def test_every_dit_of_the_catalog_has_a_layout():
+    assert all(dit_layouts(model) for model in MODELS)
+    assert all(offers(model, STORE) for model in MODELS)
