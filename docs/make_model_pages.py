@@ -77,7 +77,7 @@ def which_model() -> str:
     store = load_store()
     use = _table(
         ("model", "for", "tasks", "licence"),
-        [(f"`{m.name}`", m.use, ", ".join(m.tasks), _licence(m, store)) for m in _listed(store)],
+        [(f"`{m.name}`", m.use, ", ".join(m.tasks), _licence(m, store)) for m in store.published.values()],
     )
     parts = [HEAD, "## By use\n\n", use, MISTAKES]
     assert set(TASKS) == set(tasks(store)), "a task without a title"
@@ -90,7 +90,7 @@ def tables() -> str:
     store = load_store()
     models = [
         (f"`{model.name}`", _published(offer.files[0] for offer in offers(model, store)), _parts(model))
-        for model in _listed(store)
+        for model in store.published.values()
     ]
     parts = [
         (f"`{name}`", part.title, _published(offer.files[0] for offer in part_offers(name, store)))
@@ -130,7 +130,7 @@ def models_page(text: str) -> str:
 def _task(task: str, store: Store) -> str:
     columns = ["model", "size", *(f"{tier // 10**9} GB" for tier in TIERS)]
     rows = []
-    for model in sorted(models_of(task, store), key=_order):
+    for model in models_of(task, store):
         made = [provide(model, store, Card(tier, RAM)) for tier in TIERS]
         size = "x".join(map(str, trial_size(model)))
         rows.append([f"`{model.name}`", size, *(_cell(one) for one in made)])
@@ -167,15 +167,6 @@ def _parts(model: CatalogEntry) -> str:
 
 def _licence(model: CatalogEntry, store: Store) -> str:
     return next((file.licence for file in store.serving(model.dit_of or model.name) if file.licence), "")
-
-
-def _order(model: CatalogEntry) -> str:
-    """Wan 2.2 before 2.1, else as the catalog has them."""
-    return {"wan2.2": "0", "wan2.1": "1"}.get(model.name[:6], "2")
-
-
-def _listed(store: Store) -> list[CatalogEntry]:
-    return sorted(store.published.values(), key=_order)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -99,7 +99,8 @@ def trial_request(model: CatalogEntry, card: Card) -> tuple[Request, dict[str, t
     known["face"] = known["video"].model_copy(update={"width": 512, "height": 512})
     kinds = {"pose": "video", "face": "face", "audio": "audio"}
     kinds |= {"control": "video"} if model.family == "wan" else {}
-    media = {field: (known[kinds.get(field, "image")],) for field in model.needs if field != "camera"}
+    fields = (field for field in model.needs if field != "camera")
+    media: dict[str, tuple[MediaFacts, ...]] = {field: (known[kinds.get(field, "image")],) for field in fields}
     inputs = {field: facts[0].path for field, facts in media.items()}
     limits = {"vram": card.vram, "ram": card.ram} if card.vram else {"ram": card.ram}
     request = Request(

@@ -126,8 +126,10 @@ class Store:
 
     @property
     def published(self) -> dict[str, CatalogEntry]:
-        """Return the models whose files are known: all but the one that ships in the package."""
-        return {name: model for name, model in self.models.items() if name != "demo"}
+        """Return the models whose files are published, all but the demo: Wan 2.2, Wan 2.1, then the others."""
+        order = {"wan2.2": 0, "wan2.1": 1}
+        rows = sorted(self.models.items(), key=lambda row: order.get(row[0][:6], 2))
+        return {name: model for name, model in rows if name != "demo"}
 
 
 def load_store(extra: Sequence[Path] = ()) -> Store:
