@@ -56,6 +56,7 @@ def layouts() -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
         yield name, manifest(layout)
     yield "sigclip-so400m", {f"vision_model.{name}": shape for name, shape in shapes_of("siglip", SIGLIP).items()}
     yield "flux.1-redux-dev", shapes_of("redux", REDUX)
+    yield "wan2.1-speedcontrol-1.3b", shapes_of("motion_controller", {"freq_dim": 256, "dim": 1536})
     for name, entry in load_catalog().items():
         if name == "demo" or entry.dit_of:
             continue
