@@ -146,7 +146,7 @@ def _cell(made: Provision) -> str:
 def _presets(store: Store) -> str:
     rows = []
     for name, menu in store.presets.items():
-        for made in preset(name, store):
+        for made in preset(name, store)[1]:
             rows.append((f"`{name}`", menu.title, f"`{made.model.name}`", made.precision, "; ".join(made.notes)))
     head = "## Presets\n\n`kinema models pull --preset 12GB` and so on take the menu of cards that guides print.\n\n"
     return head + _table(

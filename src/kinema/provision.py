@@ -81,12 +81,14 @@ def trial_size(model: CatalogEntry) -> tuple[int, int]:
     return min(wide, key=lambda size: size[0] * size[1], default=model.size)
 
 
-def trial_request(model: CatalogEntry, card: Card) -> tuple[Request, dict[str, tuple[MediaFacts, ...]]]:
+def trial_request(
+    model: CatalogEntry, card: Card, size: tuple[int, int] | None = None
+) -> tuple[Request, dict[str, tuple[MediaFacts, ...]]]:
     """Return the request that files are chosen by, and the facts of inputs it names: those the model cannot do without.
 
     `kinema plan --model NAME --size WxH --vram V --ram R` with inputs such as these plans the same run.
     """
-    width, height = trial_size(model)
+    width, height = size or trial_size(model)
     seconds = model.frames / model.fps
     known = {
         "image": MediaFacts(path=Path("image.png"), kind="image", width=width, height=height),
@@ -113,8 +115,8 @@ def trial_request(model: CatalogEntry, card: Card) -> tuple[Request, dict[str, t
 class Trials:
     """Plans of runs of one model on one card, each from files as the catalog describes them."""
 
-    def __init__(self, model: CatalogEntry, store: Store, card: Card) -> None:
-        self.model, self.store, self.card = model, store, card
+    def __init__(self, model: CatalogEntry, store: Store, card: Card, size: tuple[int, int] | None = None) -> None:
+        self.model, self.card, self.size = model, card, size
         layouts = load_layouts()
         picked = {role: choose_part(part_offers(part, store), card) for role, part in model.parts.items()}
         self.parts = {role: offer.files[0] for role, offer in picked.items() if offer}
@@ -142,7 +144,7 @@ class Trials:
     def plan(self, offer: Offer) -> Plan | MachineError:
         """Return the plan of a run of these DiTs with the model's parts, or why it cannot fit."""
         if offer not in self._made:
-            request, media = trial_request(self.model, self.card)
+            request, media = trial_request(self.model, self.card, self.size)
             dits = {file.role: header(file, self._layouts[0]) for file in offer.files}
             try:
                 facts = Facts(files={**dits, **self._facts}, media=media, machine=self.machine)
@@ -176,7 +178,8 @@ def provide(model: CatalogEntry, store: Store, card: Card, *, with_loras: bool =
     extra = loras(model, store) if with_loras else ()
     choice = _choice(model, store, trials, sum(file.bytes or 0 for file in (*shared, *extra)))
     trial = trials.plan(choice.offer)
-    notes = [_SENTENCES[choice.mode]] if choice.mode in _SENTENCES else []
+    slow = "RAM cannot hold the DiT: its blocks are read from disk at every step, which is slow"
+    notes = [slow] if choice.mode == "from disk" else []
     if isinstance(trial, MachineError):
         notes.append(f"{trial.message}; {trial.hint}")
     return Provision(model, (*choice.offer.files, *shared, *extra), choice.mode, trial, tuple(notes))
@@ -184,6 +187,8 @@ def provide(model: CatalogEntry, store: Store, card: Card, *, with_loras: bool =
 
 def improvements(made: Provision, store: Store, card: Card, *, with_loras: bool = False) -> Iterator[str]:
     """Yield what the next larger card, more RAM or more disk would bring, where they bring something."""
+    if made.model.size != trial_size(made.model):
+        yield _at_its_own_size(made, store, card)
     steps: Sequence[tuple[str, Iterable[Card]]] = (
         ("VRAM", (replace(card, vram=tier) for tier in TIERS if card.vram and tier > card.vram)),
         ("RAM", (replace(card, ram=size) for size in RAMS if size > card.ram)),
@@ -196,6 +201,14 @@ def improvements(made: Provision, store: Store, card: Card, *, with_loras: bool 
                 amount = {"VRAM": f"{more.vram / 1e9:.0f} GB of ", "RAM": f"{more.ram / 1e9:.0f} GB of "}
                 yield f"with {amount.get(what, 'more ')}{what}: {better.precision}, {better.mode}"
                 break
+
+
+def _at_its_own_size(made: Provision, store: Store, card: Card) -> str:
+    """Say whether the same files make what a request without --size asks for."""
+    size = "x".join(map(str, made.model.size))
+    dits = Offer(tuple(file for file in made.files if file.role in made.model.dit_roles))
+    larger = Trials(made.model, store, card, made.model.size).plan(dits)
+    return f"at {size}: {larger.hint if isinstance(larger, MachineError) else 'fits too'}"
 
 
 def provide_precision(model: CatalogEntry, precision: str, store: Store, card: Card, *, with_loras: bool) -> Provision:
@@ -212,14 +225,17 @@ def provide_precision(model: CatalogEntry, precision: str, store: Store, card: C
     return replace(made, notes=(text,))
 
 
-def preset(name: str, store: Store) -> list[Provision]:
-    """Return the models of a preset, in the precisions of its menu."""
+def preset(name: str, store: Store, ram: int = RAMS[0], disk: int | None = None) -> tuple[Card, list[Provision]]:
+    """Return the card of a preset and its models, in the precisions of its menu."""
     key = next((key for key in store.presets if key.casefold() == name.casefold().replace(" ", "")), None)
     if key is None:
         raise CatalogError(f"no preset is called {name!r}; there are {', '.join(store.presets)}", name=name)
-    card = Card(int(key.removesuffix("GB")) * 10**9, 64 * 10**9)
-    lines = store.presets[key].lines
-    return [provide_precision(store.models[x.model], x.precision, store, card, with_loras=x.loras) for x in lines]
+    card = Card(int(key.removesuffix("GB")) * 10**9, ram, disk)
+    made = [
+        provide_precision(store.models[line.model], line.precision, store, card, with_loras=line.loras)
+        for line in store.presets[key].lines
+    ]
+    return card, made
 
 
 def lacking(made: Provision, roles: Collection[str]) -> list[CatalogFile]:
@@ -275,12 +291,6 @@ def tasks(store: Store) -> list[str]:
 def distinct(provisions: Iterable[Provision]) -> list[CatalogFile]:
     """Return the files of several models, shared ones once."""
     return list(dict.fromkeys(file for made in provisions for file in made.files))
-
-
-_SENTENCES = {
-    "streamed": "the blocks of the DiT are streamed from RAM while it runs",
-    "from disk": "RAM cannot hold the DiT: its blocks are read from disk at every step, which is slow",
-}
 
 
 def _choice(model: CatalogEntry, store: Store, trials: Trials, taken: int) -> Choice:

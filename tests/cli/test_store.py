@@ -67,10 +67,10 @@ def test_loras_are_those_of_each_expert():
 
 
 def test_presets_take_the_nearest_real_file_and_say_so():
-    notes = {made.model.name: made.notes for made in preset("16GB", STORE)}
+    notes = {made.model.name: made.notes for made in preset("16GB", STORE)[1]}
     assert "Q5_K_S" in notes["flux.1-dev"][0] and notes["wan2.2-i2v-a14b"] == ()
-    assert "not published" in preset("32gb", STORE)[2].notes[0]
-    assert [len(preset(name, STORE)) for name in STORE.presets] == [3, 4, 4, 4, 5]
+    assert "not published" in preset("32gb", STORE)[1][2].notes[0]
+    assert [len(preset(name, STORE)[1]) for name in STORE.presets] == [3, 4, 4, 4, 5]
 
 
 def test_a_plan_says_which_files_and_what_more_would_bring(cli: Cli):
@@ -94,6 +94,7 @@ def test_a_small_disk_takes_smaller_files_or_is_told(cli: Cli):
         ("plan --vram lots", 2, "--vram 'lots' is no amount of memory"),
         ("plan --preset 20GB", 3, "there are 8GB, 12GB"),
         ("plan --preset 16GB --task i2v", 2, "leave one out"),
+        ("plan --preset 16GB --vram 8GB", 2, "leave one out"),
         ("pull", 2, "nothing to pull"),
         ("pull ae.safetensors --to x", 3, "cannot be reached"),
         ("pull high_noise_model.safetensors", 2, "may be"),

@@ -7,6 +7,7 @@ tests/formats, the others, whose widths alone differ, from the facts that plans 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -70,23 +71,26 @@ def layouts() -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
             yield f"{name} without {', '.join(optional)}", shapes_of(facts.component, bare)
 
 
-def text() -> str:
+def text(all_shapes: dict[str, dict[str, tuple[int, ...]]]) -> str:
+    """Return the file: one row for each structure."""
     rows, seen = [HEAD], set()
     with tempfile.TemporaryDirectory() as folder:
-        for name, shapes in layouts():
+        for name, shapes in all_shapes.items():
             facts = inspect(write_sparse(Path(folder) / "model.safetensors", shapes))
+            others = sum(math.prod(shape) for shape in shapes.values() if len(shape) != 2)
             structure = (facts.component, json.dumps(facts.config))
             if structure not in seen:
                 seen.add(structure)
-                rows.append(_row(name, facts))
+                rows.append(_row(name, facts, others))
     return "\n".join(rows)
 
 
-def _row(name: str, facts: FileFacts) -> str:
+def _row(name: str, facts: FileFacts, others: int) -> str:
     blocks = [[len(list(group)), size] for size, group in groupby(facts.blocks)]
     values = {
         "component": facts.component, "parameters": facts.parameters, "tensors": facts.tensors,
-        "float32_parameters": facts.float32_parameters, "matrix_parameters": facts.matrix_parameters, "blocks": blocks,
+        "float32_parameters": facts.float32_parameters, "matrix_parameters": facts.matrix_parameters,
+        "other_parameters": others, "blocks": blocks,
         "config": facts.config,
     }  # fmt: skip
     return f'["{name}"]\n' + "".join(f"{key} = {_toml(value)}\n" for key, value in values.items())
@@ -101,4 +105,4 @@ def _toml(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    LAYOUTS.write_text(text(), "utf-8")
+    LAYOUTS.write_text(text(dict(layouts())), "utf-8")

@@ -15,7 +15,7 @@ import pytest
 from checkpoints import BYTES
 from kinema.catalog.choice import kind, offers
 from kinema.catalog.files import CatalogFile, load_store
-from kinema.catalog.layouts import dit_layouts
+from kinema.catalog.layouts import Layout, dit_layouts, header, load_layouts
 from kinema.catalog.pull import pull, wanted
 from kinema.errors import MachineError
 from kinema.planning import make_plan
@@ -34,7 +34,7 @@ STORE = load_store()
 BIG, RAM = Card(80 * 10**9, 128 * 10**9), 32 * 10**9
 MODELS = list(STORE.published.values())
 SPIECE = spiece_model()
-MATRIX = re.compile(r".*block.*(?<!pos_embedding\.embedding)(?<!relative_attention_bias)\.weight")
+MATRIX = re.compile(r".*(block|injector).*(?<!pos_embedding\.embedding)(?<!relative_attention_bias)\.weight")
 IN_FULL = {"Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K"}
 IN_FULL |= {"Q3_K_L": "Q4_K", "Q6_K": "Q6_K", "Q2_K": "Q2_K"}
 
@@ -44,11 +44,8 @@ def shapes() -> dict[str, dict[str, tuple[int, ...]]]:
     return dict(record_layouts.layouts())
 
 
-def tensors_of(model: CatalogEntry, file: CatalogFile) -> dict[str, tuple[int, ...]]:
-    part = next((name for name in model.parts.values() if file.serves(name) and name in STORE.parts), None)
-    if part and STORE.parts[part].role == file.role:
-        return shapes()[part]
-    return shapes()[model.dit_of or model.name]
+def layout_name(model: CatalogEntry, role: str) -> str:
+    return (model.dit_of or model.name) if role in model.dit_roles else model.part(role)
 
 
 def write_headers(path: Path, tensors: Mapping[str, tuple[int, ...]], precision: str, spiece: bytes = b"") -> None:
@@ -86,8 +83,9 @@ def write_gguf(path: Path, tensors: Mapping[str, tuple[int, ...]], how: str) -> 
     rows = []
     for name, shape in tensors.items():
         block, packs = BLOCK_TYPES[how], len(shape) == 2 and shape[1] % BLOCK_TYPES[how].weights == 0
-        size = math.prod(shape) // block.weights * block.bytes if packs else 4 * math.prod(shape)
-        rows.append((name, shape, how if packs else "F32", size))
+        plain = "F32" if len(shape) == 1 else "F16"
+        size = math.prod(shape) // block.weights * block.bytes if packs else BYTES[plain] * math.prod(shape)
+        rows.append((name, shape, how if packs else plain, size))
     raw, starts = gguf_header(rows, {"general.architecture": "wan"})
     with path.open("wb") as file:
         file.write(raw)
@@ -132,11 +130,11 @@ def pulled(made: Provision, root: Path, hub: FakeHub) -> None:
             assert place.is_file(), "it was pulled to where it is looked for"
             holds = file.serves("umt5-xxl") and (file.repository.startswith("Comfy-Org") or place.suffix == ".gguf")
             dense = "bf16" if place.suffix == ".gguf" else file.precision
-            write_headers(place, tensors_of(made.model, file), dense, SPIECE if holds else b"")
+            write_headers(place, shapes()[layout_name(made.model, file.role)], dense, SPIECE if holds else b"")
 
 
 SETS = {model.name: provide(model, STORE, BIG) for model in MODELS}
-SETS |= {f"{name}, {made.model.name}": made for name in STORE.presets for made in preset(name, STORE)}
+SETS |= {f"{name}, {made.model.name}": made for name in ("8GB", "12GB") for made in preset(name, STORE)[1]}
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -152,54 +150,68 @@ def test_nothing_is_missing_once_a_set_is_pulled(name: str, tmp_path: Path, medi
 # --- `models plan` and `kinema plan` ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def headers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileFacts]]:
-    yield {}
-
-
-def real_plan(model: CatalogEntry, trials: Trials, files: list[CatalogFile], folder: Path, known: dict) -> Plan | None:
-    """Plan the trial's run from files of full size, read by their headers."""
-    found = {}
-    for file in files:
-        key = f"{file.repository}/{file.path} of {model.name if 'dit' in file.role else ''}"
-        if key not in known:
-            path = folder / f"{file.role}.safetensors"
-            write_headers(path, tensors_of(model, file), file.precision)
-            known[key] = inspect(path).model_copy(update={"path": Path(file.place), "files": (Path(file.place),)})
-            path.unlink()
-        found[file.role] = known[key]
-    request, inputs = trial_request(model, trials.card)
-    try:
-        return make_plan(request, model, Facts(files=found, media=inputs, machine=trials.machine))
-    except MachineError:
-        return None
+@cache
+def read(file: CatalogFile, layout: str, folder: Path) -> FileFacts:
+    """What a file of full size in the form of this row says of itself."""
+    path = folder / f"{file.role}.safetensors"
+    write_headers(path, shapes()[layout], file.precision)
+    facts = inspect(path)
+    path.unlink()
+    return facts.model_copy(update={"path": Path(file.place), "files": (Path(file.place),)})
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-def test_both_plans_say_the_same_on_every_card(model: CatalogEntry, tmp_path: Path, headers: dict[str, FileFacts]):
+def test_both_plans_say_the_same_on_every_card(model: CatalogEntry, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.getbasetemp()
     for tier in TIERS:
         trials = Trials(model, STORE, Card(tier, RAM))
         made = provide(model, STORE, trials.card)
         assert made.bytes and all(file.role != "lora" for file in made.files)
-        files = [file for file in made.files if file.role in model.roles]
-        real = real_plan(model, trials, files, tmp_path, headers)
-        assert (real is None) == isinstance(made.trial, MachineError), tier
-        if real is None:
+        files = {file.role: file for file in made.files if file.role in model.roles}
+        theirs = {role: read(file, layout_name(model, role), folder) for role, file in files.items()}
+        # Of the published length nobody made such a file: mixtures differ. Of the same length both have to agree.
+        ours = {
+            role: header(file.model_copy(update={"bytes": theirs[role].bytes}), layout_of(model, role))
+            for role, file in files.items()
+        }
+        plans = [planned(model, trials, facts) for facts in (theirs, ours)]
+        if isinstance(made.trial, MachineError):
             assert made.mode == "too big" and ("--size" in made.notes[-1] or "--frames" in made.notes[-1])
-            continue
-        assert isinstance(made.trial, Plan) and made.peak_bytes <= tier
-        for theirs, ours in zip(real.experts.values(), made.trial.experts.values(), strict=True):
-            blocks = [len(ref.blocks) if ref.resident_blocks is None else ref.resident_blocks for ref in (theirs, ours)]
-            quantised = bool(theirs.quantisation)
-            assert abs(blocks[0] - blocks[1]) <= (2 if quantised else 0), (tier, made.precision, blocks)
-            assert theirs.weight_bytes == pytest.approx(ours.weight_bytes, rel=0.06 if quantised else 0), made.precision
-        peaks = [max(cost.peak_bytes for cost in plan.costs) for plan in (real, made.trial)]
-        assert peaks[0] == pytest.approx(peaks[1], rel=0.05), (tier, made.precision)
+        else:
+            assert made.peak_bytes <= tier
+        compare(*plans)
     assert made.mode == "resident", "80 GB hold every model"
 
 
+def layout_of(model: CatalogEntry, role: str) -> Layout:
+    return dit_layouts(model)[0] if role in model.dit_roles else load_layouts()[model.part(role)]
+
+
+def planned(model: CatalogEntry, trials: Trials, files: dict[str, FileFacts]) -> Plan | None:
+    request, inputs = trial_request(model, trials.card)
+    try:
+        return make_plan(request, model, Facts(files=files, media=inputs, machine=trials.machine))
+    except MachineError:
+        return None
+
+
+def compare(theirs: Plan | None, ours: Plan | None) -> None:
+    """Plain files are the same to the byte; of packed ones a few small matrices may be held otherwise."""
+    assert (theirs is None) == (ours is None)
+    if theirs is None or ours is None:
+        return
+    for one, other in zip(theirs.experts.values(), ours.experts.values(), strict=True):
+        stay = [len(ref.blocks) if ref.resident_blocks is None else ref.resident_blocks for ref in (one, other)]
+        assert abs(stay[0] - stay[1]) <= bool(one.quantisation), stay
+        assert one.weight_bytes == pytest.approx(other.weight_bytes, rel=0.02 if one.quantisation else 0)
+    peaks = [max(cost.peak_bytes for cost in plan.costs) for plan in (theirs, ours)]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.03)
+
+
 def test_the_layouts_are_those_of_the_models():
-    assert record_layouts.LAYOUTS.read_text("utf-8") == record_layouts.text(), "run: tests/store/record_layouts.py"
+    assert record_layouts.LAYOUTS.read_text("utf-8") == record_layouts.text(shapes()), (
+        "run: tests/store/record_layouts.py"
+    )
 
 
 def test_every_dit_of_the_catalog_has_a_layout():

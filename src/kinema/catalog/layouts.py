@@ -27,7 +27,8 @@ HELD = {
 class Layout(Frozen):
     """The structure of a DiT or a part, as `inspect` reads it from a 16-bit file.
 
-    blocks   (how many, parameters of each), in order.
+    other_parameters   those of tensors that are no matrices: convolutions, norms, biases.
+    blocks             (how many, parameters of each), in order.
     """
 
     component: Component
@@ -35,6 +36,7 @@ class Layout(Frozen):
     tensors: int
     float32_parameters: int
     matrix_parameters: int
+    other_parameters: int
     blocks: tuple[tuple[int, int], ...]
     config: dict[str, Any]
 
@@ -59,7 +61,10 @@ def header(file: CatalogFile, layout: Layout) -> FileFacts:
     packed = 0 if precision in ("16-bit", None) else layout.matrix_parameters
     if packed and precision not in ("fp8_scaled", "int8"):  # everything is: the table of a text encoder too
         packed += layout.config.get("vocab", 0) * layout.config["dim"]
-    share = packed if precision in HELD else round(size * packed / layout.parameters)
+    share = packed
+    if packed and precision not in HELD:  # GGUF packs every matrix, and nothing else
+        matrices = layout.parameters - layout.other_parameters
+        share = round((size - 2 * layout.other_parameters) * packed / matrices)
     path = Path(file.place)
     return FileFacts(
         path=path,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -93,8 +93,7 @@ def plan(
     from kinema.provision import improvements
 
     store, folders = _opened(call)
-    card = _card(vram, ram, disk)
-    made = _provisions(task, preset, store, card, loras)
+    card, made = _chosen(store, task, preset, loras, {"--vram": vram, "--ram": ram, "--disk": disk})
     more = {one.model.name: tuple(improvements(one, store, card, with_loras=loras)) for one in made if not preset}
     with make_teller(call.json) as teller:
         teller.show(*plan_page(made, card, folders, more))
@@ -121,8 +120,7 @@ def pull(
         raise RequestError(
             "nothing to pull", "type: kinema models pull NAME, --task TASK or --preset 16GB", field="NAME"
         )
-    card = _card(vram, ram, disk)
-    made = _provisions(task, preset, store, card, loras) if task or preset else []
+    card, made = _chosen(store, task, preset, loras, {"--vram": vram, "--ram": ram, "--disk": disk}, names)
     asked = order(names, store, card, with_loras=loras, also=made)
     with make_teller(call.json) as teller:
         for note in asked.notes:
@@ -297,27 +295,37 @@ def _opened(call: Call) -> tuple[Store, Folders]:
     return load_store(settings.catalogs), Folders.of(settings)
 
 
-def _card(vram: str | None, ram: str | None, disk: str | None) -> Card:
+def _card(vram: int | None, ram: int | None, disk: int | None) -> Card:
     from kinema.catalog.choice import Card
 
-    sizes = {"--vram": vram, "--ram": ram, "--disk": disk}
-    given = {flag: parse_bytes(text, flag) if text else None for flag, text in sizes.items()}
-    if given["--vram"]:
-        return Card(given["--vram"], given["--ram"] or DEFAULT_RAM, given["--disk"])
+    if vram:
+        return Card(vram, ram or DEFAULT_RAM, disk)
     from kinema.runtime.machine import probe_machine
 
-    return Card.of(probe_machine(), None, given["--ram"], given["--disk"])
+    return Card.of(probe_machine(), None, ram, disk)
 
 
-def _provisions(task: str | None, menu: str | None, store: Store, card: Card, loras: bool) -> list[Provision]:
+def _chosen(
+    store: Store,
+    task: str | None,
+    menu: str | None,
+    loras: bool,
+    sizes: Mapping[str, str | None],
+    names: Sequence[str] = (),
+) -> tuple[Card, list[Provision]]:
+    """The card that is meant, and what it takes of a task or a preset; of everything where nothing is named."""
     from kinema.provision import models_of, preset, provide
 
-    if task and menu:
-        raise RequestError(f"--task {task} and --preset {menu} both say what", "leave one out", field="task", got=task)
+    vram, ram, disk = (parse_bytes(text, flag) if text else None for flag, text in sizes.items())
+    if menu and (task or vram or loras):
+        other = f"--task {task}" if task else "--vram" if vram else "--loras"
+        raise RequestError(f"--preset {menu} and {other} both say what", "leave one out", field="preset", got=menu)
     if menu:
-        return preset(menu, store)
-    wanted = models_of(task, store) if task else list(store.published.values())
-    return [provide(model, store, card, with_loras=loras) for model in wanted]
+        return preset(menu, store, ram or DEFAULT_RAM, disk)
+    card = _card(vram, ram, disk)
+    everything = [] if names else list(store.published.values())
+    wanted = models_of(task, store) if task else everything
+    return card, [provide(model, store, card, with_loras=loras) for model in wanted]
 
 
 def _moves(call: Call, moves: Sequence[Move], notes: Sequence[str], yes: bool) -> int:
