@@ -209,7 +209,7 @@ def _blocks(lora: LoraFile, group: Sequence[Change], shape: tuple[int, int]) -> 
 
 
 def _height(group: Sequence[Change]) -> int:
-    """Rows of a fused matrix: its width for each part, and as many as it has for FLUX's MLP, four times that if unknown."""
+    """Rows of a fused matrix: its width for each part; for FLUX's MLP as many as it has, or four times that."""
     width = group[0].shape[1]
     times = next(count for word, count in FUSED_HEIGHTS.items() if f".{word}." in group[0].target)
     mlp = next((part for part in group if part.part == MLP_PART), None)
