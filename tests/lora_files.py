@@ -93,6 +93,7 @@ AB, DU = (".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.w
 SPELLINGS: dict[str, Callable[[Written], dict[str, Tensor]]] = {
     "official": _plain("", *AB, alpha=False),
     "diffsynth": _plain("", ".lora_A.default.weight", ".lora_B.default.weight", alpha=False),
+    "diffsynth with its pipeline": _plain("pipe.dit.", ".lora_A.default.weight", ".lora_B.default.weight", alpha=False),
     "comfyui": _plain("diffusion_model.", *AB, alpha=False),
     "comfyui with alpha": _plain("diffusion_model.", *AB, alpha=True),
     "lightx2v": _plain("diffusion_model.", *DU, alpha=True),

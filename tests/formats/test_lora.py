@@ -15,6 +15,7 @@ from kinema.errors import CheckpointError
 from kinema.lora import LoraRef
 from kinema.models.wan import WanDiT
 from kinema.tensors import Conditions
+from kinema.weights.lora import branches
 from kinema.weights.lora.attach import attach, detach, parameter_shapes, set_strengths
 from kinema.weights.lora.dialects import DIALECTS, WORDS, dotted
 from kinema.weights.lora.file import read_lora
@@ -568,3 +569,16 @@ def test_parts_of_a_fused_matrix_are_the_reference_formula(algorithm: str, tmp_p
     set_strengths(layer, [0.5])
     assert torch.allclose(layer.double_blocks[0].img_attn.qkv(x), want, atol=1e-4)
     detach(layer)
+
+
+def test_loha_is_made_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    branch = branches.Hadamard(*(random(f"h{i}", *shape) for i, shape in enumerate([(50, 3), (3, 20)] * 2)), 0.5)
+    x = random("x", 2, 7, 20)
+    whole = branch(x, lambda given: given)
+    made: list[int] = []
+    seen = branches.Hadamard._rows
+    monkeypatch.setattr(branches, "CHUNK", 8 * 20)
+    monkeypatch.setattr(branches.Hadamard, "_rows", lambda self, rows: made.append(len(r := seen(self, rows))) or r)
+    assert torch.allclose(branch(x, lambda given: given), whole, atol=1e-6)
+    assert made == [8] * 6 + [2]
+    assert torch.allclose(whole, x @ branch.delta().T, atol=1e-6)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_load import dit_to_diffusers
 from torch import Tensor, nn
 
 from checkpoints import write
@@ -95,3 +96,28 @@ def test_everything_a_variant_has_changes_by_the_formula(name: str, joined: bool
         fusion = Fusion([ref], shapes)
         assert all(torch.allclose(fusion(key, t), changed.state_dict()[key], atol=1e-6) for key, t in
                    model.named_parameters() if key in deltas)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["dit_vace", "dit_fun_camera_21"])
+def test_matrices_in_diffusers_names(name: str, tmp_path: Path) -> None:
+    """VACE's blocks and the image branch under diffusers' names, written by hand."""
+    model, run = variant(name)
+    state, deltas = lora_of(model, lambda key: key.endswith(".weight"))
+    deltas = {key: delta for key, delta in deltas.items() if f"{key.removesuffix('.weight')}.lora_up.weight" in state}
+    deltas = {key: delta for key, delta in deltas.items() if not key.startswith("control_adapter")}
+    spelled = {}
+    for key in deltas:
+        (module,) = dit_to_diffusers({key: deltas[key]})
+        module = module.replace("before_proj", "proj_in").replace("after_proj", "proj_out").removesuffix(".weight")
+        for ours, theirs in (("lora_down", "lora_A"), ("lora_up", "lora_B")):
+            spelled[f"transformer.{module}.{theirs}.weight"] = state[f"{key.removesuffix('.weight')}.{ours}.weight"]
+    ref = LoraRef(path=write(tmp_path / "x.safetensors", spelled))
+    lora = read_lora(ref.path)
+    assert lora.dialect == "diffusers" and not match(lora, parameter_shapes(model)).unmatched
+    assert {change.target for change in lora.changes} == deltas.keys()
+    changed = copy.deepcopy(model)
+    changed.load_state_dict({key: t + deltas.get(key, 0) for key, t in model.state_dict().items()})
+    attach(model, [ref], torch.float32)
+    set_strengths(model, [1.0])
+    reference = run(changed)
+    assert (run(model) - reference).abs().max() < 2e-5 * reference.abs().max()

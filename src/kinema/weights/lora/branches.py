@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from kinema.models.layers import finest
 
+CHUNK = 2**22
+"""Weights of a whole matrix that are made at a time."""
+
 LinearMap = Callable[[Tensor], Tensor]
 """x [..., in] -> W x [..., out] of the layer underneath, without its bias."""
 
@@ -90,7 +93,8 @@ class LowRank(Branch):
 class Hadamard(Branch):
     """LoHa: scale * (w1_a @ w1_b) * (w2_a @ w2_b), the outer product element by element.
 
-    w1_a, w2_a [out, rank], w1_b, w2_b [rank, in]. The matrix is made anew at every use: it would fill memory.
+    w1_a, w2_a [out, rank], w1_b, w2_b [rank, in]. The matrix is made anew at every use, CHUNK weights of it at a time:
+    it would fill memory.
     """
 
     w1_a: Tensor
@@ -104,8 +108,20 @@ class Hadamard(Branch):
         self._hold(w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=w2_b)
 
     def delta(self) -> Tensor:
-        first = self.w1_a.float() @ self.w1_b.float()
-        return first.mul_(self.w2_a.float() @ self.w2_b.float()).mul_(self.scale)
+        return self._rows(slice(None))
+
+    def forward(self, x: Tensor, linear: LinearMap) -> Tensor:
+        x, height = x.to(self.dtype), len(self.w1_a)
+        y = x.new_empty(*x.shape[:-1], height)
+        step = max(1, CHUNK // self.w1_b.shape[1])
+        for start in range(0, height, step):
+            rows = slice(start, start + step)
+            y[..., rows] = F.linear(x, self._rows(rows).to(self.dtype))
+        return y
+
+    def _rows(self, rows: slice) -> Tensor:
+        first = self.w1_a[rows].float() @ self.w1_b.float()
+        return first.mul_(self.w2_a[rows].float() @ self.w2_b.float()).mul_(self.scale)
 
 
 class Kronecker(Branch):

@@ -54,7 +54,7 @@ DIALECTS = (
 )
 """What `convert` writes. Reading is freer: any prefix goes with any ending."""
 
-DOTTED_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
+DOTTED_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "pipe.dit.")
 JOINED_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 
 OTHER_PARTS = (
