@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from checkpoints import manifest, write, write_sparse
 from kinema.models.encoders import UMT5
+from kinema.weights import passage
 from kinema.weights.convert import convert
 from kinema.weights.detect import inspect
+from kinema.weights.files import TensorFile
 from kinema.weights.gguf import gguf_header
+from kinema.weights.keys import Translation
 from kinema.weights.load import load
 from kinema.weights.quantised.blocks import BLOCK_TYPES
 from kinema.weights.quantised.layers import QuantisedEmbedding, QuantisedLinear, packable
@@ -106,6 +109,26 @@ def test_flux_names_there_and_back(tmp_path: Path, kind: str) -> None:
     done(convert(source, tmp_path / "e.gguf", "Q8_0"))
     one, other = (load(ref_of(inspect(tmp_path / name))).single_blocks[0].linear1 for name in ("d.gguf", "e.gguf"))
     assert torch.equal(one.dequantised(), other.dequantised())
+
+
+@pytest.mark.parametrize("stored", ["plain", "fp8_channel"])
+def test_joined_matrices_are_read_a_few_rows_at_a_time(
+    tmp_path: Path, stored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries, keys, values and MLP in four tensors, of which no chunk needs more than two."""
+    source = write(tmp_path / "a.safetensors", transformer("schnell"))
+    done(convert(source, tmp_path / "theirs.safetensors", None if stored == "plain" else stored, "diffusers"))
+    done(convert(tmp_path / "theirs.safetensors", tmp_path / "whole.gguf", "Q8_0", "official"))
+    read = Translation.read
+
+    def small_ones(self: Translation, file: TensorFile, official: str) -> Tensor:
+        assert len(self.sources[official].parts) == 1, f"{official} is read whole"
+        return read(self, file, official)
+
+    monkeypatch.setattr(Translation, "read", small_ones)
+    monkeypatch.setattr(passage, "CHUNK", 50 * 128)
+    done(convert(tmp_path / "theirs.safetensors", tmp_path / "parts.gguf", "Q8_0", "official"))
+    assert (tmp_path / "parts.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
 def test_t5_becomes_gguf(tmp_path: Path) -> None:

@@ -48,13 +48,26 @@ class Rows:
         return self.translation.packed(self.file, official)
 
     def get(self, official: str, begin: int, end: int) -> Tensor:
-        """Return these rows; a tensor without axes is one row. Tensors that are joined of parts are read whole."""
-        if (packed := self.packed(official)) is not None:
-            rows = packed.rows(slice(begin, end)).dequantised()
-        else:
+        """Return these rows; a tensor without axes is one row. Of joined tensors only the rows asked for are read."""
+        source = self.translation.sources[official]
+        if source.lead or source.tail or source.swap or not self.shape(official):
             whole = self.translation.read(self.file, official)
-            rows = (whole[begin:end] if whole.ndim else whole).float()
+            rows = whole[begin:end] if whole.ndim else whole
+        else:
+            pieces = list(self._pieces(source.names, begin, end))
+            rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        rows = rows.float()
         return rows if self.adjust is None else self.adjust(official, begin, rows)
+
+    def _pieces(self, names: Sequence[str], begin: int, end: int) -> Iterator[Tensor]:
+        """What each of these tensors, one behind the other, holds of the rows."""
+        for name in names:
+            height = self.file.shape(name)[0]
+            part = slice(max(begin, 0), max(min(end, height), 0))
+            if part.start < part.stop:
+                packed = self.file.packed(name)
+                yield packed.rows(part).dequantised() if packed else self.file.get(name)[part]
+            begin, end = begin - height, end - height
 
     def spans(self, official: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """Cut rows into chunks, giving back the pages of each once it is done with."""
