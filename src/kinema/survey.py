@@ -94,7 +94,7 @@ def survey(
         _check_no_folder("preview", request.preview, "preview.png")
         _free(request.preview.parent, "preview")
     if request.keep_audio and (heard := request.video or request.pose):
-        audio_facts(heard)  # raises where there is no sound to keep
+        _check_sound(heard)
     files, widened = _with_room(request, entry, files, settings)
     tokenizer = _tokenizer(request, paths, files["text_encoder"], settings)
     clip_tokenizer = _clip_tokenizer(request, files["clip_text"], settings) if "clip_text" in files else None
@@ -233,6 +233,15 @@ def _loras(request: Request, files: Mapping[str, FileFacts], settings: Settings)
     table = load_loras()
     found = [lora_facts(read_lora(_lora_path(ref, settings)), roles) for ref in request.lora]
     return tuple(facts.model_copy(update={"known": known_lora(facts.files[0], table)}) for facts in found)
+
+
+def _check_sound(path: Path) -> None:
+    """Raise RequestError where there is no sound to keep: skeletons have none, unless somebody put it there."""
+    try:
+        audio_facts(path)
+    except RequestError as error:
+        hint = f"pass --video with the clip that {path.name} was made of, or leave --keep-audio out"
+        raise RequestError(error.message, hint, field="keep_audio", got=str(path)) from error
 
 
 def _with_room(

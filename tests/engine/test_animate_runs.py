@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -211,7 +213,23 @@ def test_what_is_decided_is_told(engine: Engine, ask, tmp_path: Path):
     assert any("is shown whole on black" in text for text in texts(plan, "reference"))
     assert any("made with one prompt alone" in text for text in texts(plan, "prompt"))
     assert engine.plan(ask(seconds=0.5)).frames == 15
+    cut = engine.plan(ask("video", keep_audio=True, frames=12))
+    assert texts(cut, "keep_audio") == ["the sound of dance.mp4 (0.67 s) is cut with the video, 0.40 s"]
+    assert not texts(engine.plan(ask("video", keep_audio=True)), "keep_audio")
     assert engine.plan(ask(size="32x32")).latent[2:] == (4, 4)
+
+
+def test_transparency_of_a_driving_video_is_told(engine: Engine, ask, tmp_path: Path):
+    frames = np.zeros((48, 64, 4), np.uint8)
+    frames[:, 32:] = 255
+    with av.open(str(tmp_path / "m.webm"), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuva420p"
+        for _ in range(FRAMES):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frames, format="rgba")))
+        container.mux(stream.encode())
+    plan = engine.plan(ask("mask", "background", mask=tmp_path / "m.webm"))
+    assert texts(plan, "mask") == ["m.webm has transparency, which is shown as black"]
 
 
 BAD = {
@@ -221,6 +239,7 @@ BAD = {
     "overlap": ([], {"overlap": 3}, "last 1 or 5 frames"),
     "frames": ([], {"frames": 21}, "shows 20 at 30 fps"),
     "size": ([], {"size": "60x48"}, "multiples of 16"),
+    "outpaint": (["video"], {"outpaint": True, "keep_audio": True}, "makes nothing around it"),
     "both lengths": ([], {"frames": 3, "seconds": 1}, "both say how long"),
 }
 
@@ -239,8 +258,9 @@ def test_inputs_that_do_not_fit_each_other_are_refused(engine: Engine, ask, tmp_
         engine.plan(ask(face=moving(tmp_path / "f.mp4", 5, (32, 32), seed=1)))
     with pytest.raises(RequestError, match="2 reference images"):
         engine.plan(ask(reference=(inputs["reference"], inputs["reference"])))
-    with pytest.raises(RequestError, match="sound"):
+    with pytest.raises(RequestError, match="has no sound") as caught:
         engine.plan(ask(keep_audio=True))
+    assert "pass --video with the clip that pose.mp4 was made of" in caught.value.hint
     with pytest.raises(RequestError, match="overlap means nothing to tiny-t2v"):
         engine.plan(Request(model="tiny-t2v", prompt="a cat", overlap=1, device="cpu"))
     with pytest.raises(RequestError, match="tiny-animate needs a skeleton video"):

@@ -34,6 +34,7 @@ RELIGHTING = "relight-animate"
 
 MULTIPLE = 16
 SAME_SHAPE = 0.02
+SAME_LENGTH = 0.1  # seconds; containers round the length of sound to whole packets
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def plan_animated(request: Request, entry: CatalogEntry, facts: Facts, notes: li
         videos=tuple(videos),
         clips=clips,
         animate=AnimatePlan(overlap=overlap, replaces=replaces),
-        sound=_sound(request, frames / fps),
+        sound=_sound(request, media, frames / fps, notes),
     )
 
 
@@ -134,6 +135,13 @@ def _check_mode(request: Request) -> bool:
             field="reference",
             got=len(request.reference),
             allowed=1,
+        )
+    if request.outpaint:
+        raise RequestError(
+            "outpaint: Animate keeps the shape of its skeleton, and makes nothing around it",
+            "leave out --outpaint",
+            field="outpaint",
+            got=True,
         )
     if request.mask and not (request.background or request.video):
         raise RequestError(
@@ -173,12 +181,15 @@ def _overlap(request: Request) -> int:
     return overlap
 
 
-def _sound(request: Request, seconds: float) -> SoundPlan | None:
+def _sound(request: Request, media: Mapping[str, MediaFacts], seconds: float, notes: list[Note]) -> SoundPlan | None:
     if not request.keep_audio:
         return None
-    path = request.video or request.pose
-    assert path is not None, "a pose is needed"
-    return SoundPlan(path=path, seconds=seconds)
+    heard = media["video" if request.video else "pose"]
+    if heard.seconds and abs(heard.seconds - seconds) > SAME_LENGTH:
+        said = "cut with the video" if heard.seconds > seconds else "silent where it ends before"
+        text = f"the sound of {heard.path.name} ({heard.seconds:.2f} s) is {said}, {seconds:.2f} s"
+        notes.append(Note(about="keep_audio", text=text))
+    return SoundPlan(path=heard.path, seconds=seconds)
 
 
 # --- size and length -----------------------------------------------------------------------------
@@ -269,6 +280,8 @@ def _video(
     if shown > frames:
         text = f"of the {shown} frames of {facts.path.name} at {fps:g} fps the first {frames} are used"
         notes.append(Note(about=role, text=text))
+    if facts.has_alpha:
+        notes.append(Note(about=role, text=f"{facts.path.name} has transparency, which is shown as black"))
     if facts.fps and abs(facts.fps - fps) > 0.01:
         notes.append(Note(about=role, text=f"{facts.path.name} ({facts.fps:.4g} fps) is read at {fps:g} fps"))
     other = abs(facts.width * pose.height - facts.height * pose.width) > SAME_SHAPE * facts.width * pose.height

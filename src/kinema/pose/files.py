@@ -9,8 +9,6 @@ from kinema.errors import CatalogError
 from kinema.pose.outline import OutlineReader
 from kinema.pose.reader import PoseReader
 
-SOURCE = "the folder process_checkpoint of the repository Wan-AI/Wan2.2-Animate-14B"
-
 DETECTORS = ("detection/yolov10m.onnx", "det/yolov10m.onnx", "process_checkpoint/det/yolov10m.onnx")
 POINTS = (
     "detection/vitpose_h_wholebody_model.onnx",
@@ -41,10 +39,11 @@ def find_reader(detector: Path | None, points: Path | None, device: str, models:
         file = _found(given, roots, names)
         if file is None:
             searched = str(given) if given else ", ".join(map(str, models)) or "no models folder"
+            name = Path(names[-1]).name
             raise CatalogError(
-                f"poses are read with {names[0].split('/')[-1]}, which is not in {searched}",
-                f"fetch {SOURCE} and pass --{what} FILE, or put the file in a models folder as {names[0]}",
-                name=names[0],
+                f"poses are read with {name}, which is not in {searched}",
+                f"type: kinema models pull {name}; or pass --{what} FILE",
+                name=name,
             )
         files.append(file)
     return PoseReader(files[0], files[1], device)
@@ -61,14 +60,14 @@ def find_outline(encoder: Path | None, device: str, models: Iterable[Path]) -> O
     if found is None or "encoder" not in found.name:
         raise CatalogError(
             f"{encoder} is no encoder of SAM 2" if found else f"{encoder}: no such file",
-            f"pass --sam2 sam2_hiera_large.encoder.onnx, of the repository {SAM2_SOURCE}",
+            "pass --sam2 sam2_hiera_large.encoder.onnx, having typed: kinema models pull sam2_hiera_large.encoder.onnx",
             name=str(encoder),
         )
     decoder = found.with_name(found.name.replace("encoder", "decoder"))
     if not decoder.exists():
         raise CatalogError(
             f"SAM 2 has two files, and beside {found} there is no {decoder.name}",
-            f"fetch it from the repository {SAM2_SOURCE}",
+            f"type: kinema models pull {decoder.name}; both belong in one folder",
             name=decoder.name,
         )
     return OutlineReader(found, decoder, device)
