@@ -101,7 +101,7 @@ def make_driving(
     reader = find_reader(options.detector, options.points, request.device or "cpu", settings.models)
     outline, said = _outline(clip, request, options, settings.models)
     neutral = NeutralPoses(options.neutral, request, settings, folder, size) if options.neutral else None
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     poses = yield from _read_poses(reader, clip)
     clip = clip._replace(frames=len(poses))
     yield from _told_gaps(clip, poses)
@@ -305,6 +305,11 @@ def _checked(video: Path, request: Request, options: DriveOptions) -> tuple[Medi
             field="sam2",
             got=str(options.sam2),
         )
+    for field, cells in (("columns", options.columns), ("rows", options.rows)):
+        if cells < 1:
+            raise RequestError(
+                f"{field} {cells}: a mask is cut into one cell or more", f"pass --{field} 1", field=field, got=cells
+            )
     if options.neutral and (options.replace or not options.retarget):
         raise RequestError(
             f"neutral {options.neutral} is for measuring limbs, which keep their lengths "
@@ -365,3 +370,15 @@ def _outputs(folder: Path, options: DriveOptions, overwrite: bool) -> dict[str, 
                 got=str(path),
             )
     return outputs
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(
+            f"save {folder} cannot be a folder, into which the videos go: {error.strerror}",
+            "pass --save FOLDER",
+            field="save",
+            got=str(folder),
+        ) from error

@@ -246,6 +246,10 @@ def test_what_cannot_mean_anything(cli: Cli, clip: Path, reference: Path, networ
     assert ran.code == 2 and "belongs to replacement" in ran.err
     ran = cli("drive", clip, "--models-dir", networks, "--reference", reference, "--reference", reference)
     assert ran.code == 2 and "2 reference images" in ran.err
+    ran = cli("drive", clip, "--models-dir", networks, "--replace", "--save", reference)
+    assert ran.code == 2 and "cannot be a folder" in ran.err
+    ran = cli("drive", clip, "--models-dir", networks, "--replace", "--columns", "0")
+    assert ran.code == 2 and "cut into one cell or more" in ran.err
     ran = cli("drive", clip, "--models-dir", networks, "--replace", "--frames", "9")
     assert ran.code == 2 and "shows 8 at 30 fps" in ran.err
 
