@@ -135,6 +135,8 @@ class Engine:
         """What happens; where memory runs out, everything is dropped and the error says what would fit."""
         plan = run.plan
         self._hashes.begin(plan.files)
+        if self._models.outdated():
+            self.release()
         limit = plan.limits.device if "vram" in plan.limits.given else 0
         try:
             with keep_within(plan.device, max(limit - memory.CONTEXT, 0)):

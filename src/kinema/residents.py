@@ -45,6 +45,13 @@ def without_branches(ref: ModelRef) -> ModelRef:
     return ref.model_copy(update={"loras": (), "lora_bytes": 0}) if ref.lora_mode == "branch" and ref.loras else ref
 
 
+def _stamp(file: Path) -> tuple[int, int] | None:
+    with suppress(OSError):
+        stat = file.stat()
+        return stat.st_size, stat.st_mtime_ns
+    return None
+
+
 class Residents:
     """Loaded models by recipe, least recently used first. `get` loads what is not there; `clear` drops all.
 
@@ -55,6 +62,7 @@ class Residents:
         self._modules: OrderedDict[ModelRef, nn.Module] = OrderedDict()
         self._worn: dict[ModelRef, Worn] = {}
         self._rings: dict[str, Ring] = {}
+        self._read: dict[Path, tuple[int, int] | None] = {}
 
     def get(self, ref: ModelRef, need: float = 0, limit: float = 0) -> nn.Module:
         """Return the loaded model of this recipe, with room for `need` bytes of work within `limit` (0: none).
@@ -94,6 +102,10 @@ class Residents:
         if gone:
             self._release()
 
+    def outdated(self) -> bool:
+        """Whether a file that something was loaded from is another one by now."""
+        return any(_stamp(file) != before for file, before in self._read.items())
+
     def __contains__(self, ref: ModelRef) -> bool:
         return without_branches(ref) in self._modules
 
@@ -106,12 +118,14 @@ class Residents:
         for ring in self._rings.values():
             ring.close()
         self._rings.clear()
+        self._read.clear()
         self._release()
 
     def _dressed(self, ref: ModelRef) -> nn.Module:
         """The loaded model of a recipe with its LoRAs; of a streamed one, what is outside of blocks may yet come."""
         base = without_branches(ref)
         if base not in self._modules:
+            self._read |= {file: _stamp(file) for file in (*base.files, *(lora.path for lora in base.loras))}
             self._modules[base] = self._load(base)
         self._wear(base, ref.loras if ref.lora_mode == "branch" else ())
         return self._modules[base]
