@@ -11,7 +11,7 @@ from torch import Tensor
 from kinema.errors import CheckpointError, MachineError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-WARNINGS_AND_WORSE = 3  # onnxruntime's severities: exporters leave unused nodes, of which it would warn
+ERRORS_ALONE = 3  # of onnxruntime: exporters leave unused nodes, of which it would warn
 
 
 class Network:
@@ -35,7 +35,7 @@ class Network:
         wanted = [*(["CUDAExecutionProvider"] if device.startswith("cuda") else []), "CPUExecutionProvider"]
         providers = [provider for provider in wanted if provider in onnxruntime.get_available_providers()]
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = WARNINGS_AND_WORSE
+        options.log_severity_level = ERRORS_ALONE
         try:
             self._session: Any = onnxruntime.InferenceSession(str(file), options, providers=providers)
         except Exception as error:  # onnxruntime has a class for each fault, and no base of them
