@@ -140,6 +140,15 @@ def test_a_file_of_the_catalog_is_pulled_to_its_folder(cli: Cli, root: Path, hub
     assert [event["finding"] for event in verified] == ["right"] and verified[0]["by"] == "hash"
 
 
+def test_a_gated_file_is_answered_with_its_open_copy(cli: Cli, root: Path, hub: FakeHub):
+    hub.add("black-forest-labs/FLUX.1-dev/ae.safetensors", DATA, gated=True)
+    ran = cli("models", "pull", "black-forest-labs/FLUX.1-dev/ae.safetensors")
+    assert ran.code == 3 and "is gated" in ran.err and "HF_TOKEN=" in ran.err
+    (open_copy,) = [line.rsplit(" ", 1)[1] for line in ran.err.splitlines() if "needs no login" in line]
+    hub.add(open_copy, DATA)
+    assert cli("models", "pull", open_copy).paths == [root / "vae/ae.safetensors"]
+
+
 def test_a_repository_is_pulled_and_generate_takes_its_address(cli: Cli, root: Path, hub: FakeHub):
     fill(hub, "me/mine", "a.bin")
     fill(hub, "me/mine", "sub/b.bin")

@@ -7,6 +7,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from kinema.catalog.choice import kind, offers
 from kinema.catalog.files import CatalogFile, load_store
 from kinema.catalog.layouts import Layout, dit_layouts, header, load_layouts
 from kinema.catalog.pull import pull, wanted
-from kinema.errors import MachineError
+from kinema.errors import CatalogError, MachineError
 from kinema.planning import make_plan
-from kinema.provision import TIERS, Card, Provision, Trials, preset, provide, trial_request
+from kinema.provision import TIERS, Card, Provision, Trials, order, preset, provide, trial_request
 from kinema.schema import CatalogEntry, Facts, FileFacts, Plan, Request, Settings
 from kinema.survey import survey
 from kinema.weights.detect import inspect
@@ -145,6 +146,64 @@ def test_nothing_is_missing_once_a_set_is_pulled(name: str, tmp_path: Path, medi
     assert set(facts.files) == set(made.model.roles)
     assert facts.tokenizer or facts.files["text_encoder"].has_tokenizer
     assert facts.clip_tokenizer or made.model.family != "flux"
+
+
+@pytest.mark.parametrize(
+    ("model", "role"), [("flux.1-dev", "tokenizer"), ("flux.1-dev", "clip_tokenizer"), ("wan2.1-t2v-1.3b", "tokenizer")]
+)
+def test_a_tokenizer_that_is_not_there_is_named_with_what_brings_it(
+    model: str, role: str, tmp_path: Path, media: dict[str, Path], hub: FakeHub
+):
+    made = SETS[model]
+    pulled(made, tmp_path, hub)
+    for file in made.files:
+        if file.role == role:
+            (tmp_path / file.place).unlink()
+    if model.startswith("wan"):  # a text encoder of another publisher, whose file holds none
+        encoder = next(file for file in made.files if file.role == "text_encoder")
+        write_headers(tmp_path / encoder.place, shapes()["umt5-xxl"], "fp16")
+    with pytest.raises(CatalogError, match="no tokenizer") as caught:
+        facts_of(made, tmp_path, media)
+    assert f"kinema models pull {caught.value.details['pull']}" in caught.value.hint
+    brought = order((caught.value.details["pull"],), STORE, BIG)
+    assert [file.role for file in brought.files] == [role]
+    lacks = replace(made, files=brought.files)
+    pulled(lacks, tmp_path, hub)
+    assert set(facts_of(made, tmp_path, media).files) == set(made.model.roles)
+
+
+# --- models of the user ---------------------------------------------------------------------------------
+
+OWN = """
+[models.mine]
+title = "A fine-tuned Wan"
+structure = { dim = 5120, num_layers = 40, in_channels = 16, out_channels = 16, has_clip_tokens = false }
+vae = "wan2.1"
+size = [832, 480]
+[repositories."me/mine"]
+[[repositories."me/mine".files]]
+path = "mine-Q8_0.gguf"
+folder = "diffusion_models"
+role = "dit"
+precision = "Q8_0"
+used_by = ["mine"]
+bytes = 15_400_000_000
+size = "exact"
+"""
+
+
+def test_a_model_of_the_user_is_planned_and_pulled_like_any_other(tmp_path: Path):
+    catalog = tmp_path / "mine.toml"
+    catalog.write_text(OWN)
+    store = load_store((catalog,))
+    made = provide(store.models["mine"], store, Card(12 * 10**9, RAM))
+    assert (made.precision, made.mode) == ("Q8_0", "streamed") and {file.role for file in made.files} > {"vae"}
+    assert made.files[0] in order(("mine",), store, BIG).files
+    catalog.write_text(OWN.replace("dim = 5120", "dim = 640"))
+    store = load_store((catalog,))
+    with pytest.raises(CatalogError, match="structure of its own"):
+        provide(store.models["mine"], store, BIG)
+    assert [file.name for file in order(("mine-Q8_0.gguf",), store, BIG).files] == ["mine-Q8_0.gguf"]
 
 
 # --- `models plan` and `kinema plan` ----------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -272,8 +272,7 @@ def _text(file: CatalogFile) -> str:
 
 
 def alternatives(file: CatalogFile, store: Store) -> list[CatalogFile]:
-    """Return copies of a gated file that need no login: the same name and role, elsewhere."""
-    same: Iterable[CatalogFile] = (
-        other for other in store.files if other.name == file.name and other.role == file.role
-    )
+    """Return copies of a gated file that need no login: the same name, role and precision, elsewhere."""
+    is_of = (file.name, file.role, file.precision)
+    same = (other for other in store.files if (other.name, other.role, other.precision) == is_of)
     return [other for other in same if other.gated is False and other.repository != file.repository]

@@ -271,11 +271,26 @@ def pull_files(
 
     root, rows = store_root(settings, to), wanted_of(files, addresses, settings.hub, source)
     size = sum(file.bytes or 0 for file in files)
-    teller.say(f"{len(rows)} files{f', about {gigabytes(size)},' if size else ''} to {root}")
+    count = f"{len(rows)} file{'s' * (len(rows) != 1)}"
+    teller.say(f"{count}{f', about {gigabytes(size)},' if size else ''} to {root}")
     with Interruption() as cancelled:
-        for event in fetch(rows, root, settings.hub, cancelled=cancelled):
-            teller.event(event)
+        try:
+            for event in fetch(rows, root, settings.hub, cancelled=cancelled):
+                teller.event(event)
+        except CatalogError as error:
+            raise _with_open_copy(error, files, settings) from error
     teller.show("\n".join(str(root / row.place) for row in rows), {"paths": [str(root / row.place) for row in rows]})
+
+
+def _with_open_copy(error: CatalogError, files: Sequence[CatalogFile], settings: Settings) -> CatalogError:
+    """The same refusal; of a gated file with where it can be had without a login, if anywhere."""
+    from kinema.catalog.files import alternatives, load_store
+
+    gated = (file for file in files if f"{file.repository}/{file.path}" == error.details.get("name"))
+    for file in gated if error.details.get("gated") else ():
+        for copy in alternatives(file, load_store(settings.catalogs))[:1]:
+            error.hint += f"\nor take the copy that needs no login: kinema models pull {copy.repository}/{copy.path}"
+    return error
 
 
 def parse_bytes(text: str, flag: str) -> int:
