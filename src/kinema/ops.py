@@ -78,7 +78,7 @@ class Velocity:
 
     def __call__(self, step: PlanStep, branches: Sequence[Branch], x_BCFhw: Tensor) -> list[Tensor]:
         model = self._model(step)
-        contexts = tuple(self._context(model, branch) for branch in branches)
+        contexts = self._prepared(model, branches)
         self.last = LastCall(model, x_BCFhw, step.timestep, contexts)
         timesteps = torch.full((x_BCFhw.shape[0],), step.timestep, device=self._device)
         if step in self._following:
@@ -87,10 +87,12 @@ class Velocity:
             return list(model(x_BCFhw, timesteps, *contexts).chunk(len(contexts)))
         return [model(x_BCFhw, timesteps, context) for context in contexts]
 
-    def _context(self, model: DiT, branch: Branch) -> Any:
-        if branch not in self._contexts:
-            self._contexts[branch] = model.prepare(self._conditions[branch].to(self._device))
-        return self._contexts[branch]
+    def _prepared(self, model: DiT, branches: Sequence[Branch]) -> tuple[Any, ...]:
+        """The context of each branch: what is new is prepared together, so that weights are brought once."""
+        new = [branch for branch in branches if branch not in self._contexts]
+        made = model.prepare_branches([self._conditions[branch].to(self._device) for branch in new]) if new else ()
+        self._contexts.update(zip(new, made, strict=True))
+        return tuple(self._contexts[branch] for branch in branches)
 
     def _model(self, step: PlanStep) -> DiT:
         """The step's model with its LoRAs as strong as the step has them; what was prepared by another is dropped."""

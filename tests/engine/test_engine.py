@@ -317,8 +317,8 @@ def test_velocity_prepares_each_context_once(
     from kinema.models.wan import WanDiT
 
     prepared = []
-    original = WanDiT.prepare
-    monkeypatch.setattr(WanDiT, "prepare", lambda self, c: prepared.append(1) or original(self, c))
+    original = WanDiT.prepare_branches
+    monkeypatch.setattr(WanDiT, "prepare_branches", lambda self, c: prepared.append(len(c)) or original(self, c))
     finish(engine, ask("tiny-t2v-two", steps=6))
-    assert len(prepared) == 4, "two experts, two branches, once each"
+    assert prepared == [2, 2], "two experts, both branches at once"
     assert ops.PLAN_KEY == "kinema"

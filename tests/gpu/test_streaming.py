@@ -19,7 +19,6 @@ from kinema.models.wan import WanDiT
 from kinema.runtime.blocks import BlockStream, Ring
 from kinema.runtime.machine import keep_within
 from kinema.schema import Request, Result
-from kinema.tensors import Conditions
 from tiny_world import TinyWorld
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -130,13 +129,13 @@ def test_a_run_keeps_to_its_vram_on_a_larger_card(
     tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planned for 2 GB, a run that takes as much more ends as it would on a card of 2 GB."""
-    original = WanDiT.prepare
+    original = WanDiT.forward
 
-    def greedy(model: WanDiT, conditions: Conditions) -> object:
+    def greedy(*arguments: object) -> torch.Tensor:
         torch.empty(2_000_000_000, dtype=torch.uint8, device="cuda")
-        return original(model, conditions)
+        return original(*arguments)
 
-    monkeypatch.setattr(WanDiT, "prepare", greedy)
+    monkeypatch.setattr(WanDiT, "forward", greedy)
     with Engine(tiny_world.settings) as engine:
         latents(engine, tmp_path / "a.latents.safetensors", model="tiny-t2v")
         with pytest.raises(MachineError) as caught:

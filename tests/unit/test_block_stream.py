@@ -85,7 +85,10 @@ def test_a_block_is_copied_once_for_all_branches_and_resident_ones_once_for_good
         setattr(parameter, HELD_AS, torch.float64)  # so that even a block that stays has to be made first
     model.double()
     stream = model.run_blocks = BlockStream(model.block_groups(), ring, resident=2)
-    contexts = [model.prepare(Conditions((torch.ones(rows, DIT["text_dim"]),))) for rows in (2, 3)]
+    contexts = model.prepare_branches([Conditions((torch.ones(rows, DIT["text_dim"]),)) for rows in (2, 3)])
+    ring._thread.submit(lambda: None).result()
+    first = next(unit for unit in stream.units if not unit.stays)
+    assert all(ring.fills[id(unit)] == 1 + (unit is first) for unit in stream.units if not unit.stays)
     ring.clear()
     ring.fills.clear()
     ring.reserve(max(unit.bytes for unit in stream.units))
@@ -115,6 +118,7 @@ def test_the_next_expert_comes_through_the_same_ring_while_the_last_blocks_run()
     assert ring.fills[first] == 1, "once, in the next pass, and not in those behind it"
     streams[0].then = streams[1]
     context = high.prepare(Conditions((torch.ones(2, DIT["text_dim"]),)))
+    ring._thread.submit(lambda: None).result()
     filled = ring.fills[first]
     assert torch.equal(velocities(low, True), want)
     ring._thread.submit(lambda: None).result()

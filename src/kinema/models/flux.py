@@ -334,6 +334,10 @@ class FluxDiT(nn.Module):
         images = tuple((pack(x), (x.shape[3] // PATCH, x.shape[4] // PATCH)) for x in flux.images)
         return FluxContext(text_BSD.float(), vector_BD, conditions.concat_BCFhw, images)
 
+    def prepare_branches(self, branches: Sequence[Conditions]) -> list[FluxContext]:
+        """Return what `prepare` returns of each guidance branch."""
+        return [self.prepare(conditions) for conditions in branches]
+
     def embed(self, x_BCFhw: Tensor, timesteps_B: Tensor, context: FluxContext) -> FluxStream:
         """Return latents as tokens, images to attend to behind them, with positions and the modulating vector."""
         if context.concat_BCFhw is not None:

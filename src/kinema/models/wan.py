@@ -67,6 +67,10 @@ def constant(key: str) -> Tensor | None:
     return blur_kernel() if key.startswith("motion_encoder.") and key.endswith(".kernel") else None
 
 
+BlockKV = tuple[tuple[Tensor, ...], ...]
+"""Of each block, what its cross-attention attends to: see `Context.kv`."""
+
+
 class WanDiT(nn.Module):
     """Velocity of Wan latents under text, and whatever else `Conditions` may hold and the configuration names.
 
@@ -116,14 +120,29 @@ class WanDiT(nn.Module):
 
         Raises ValueError for a text that is too long, and for CLIP tokens or adapter inputs given or missing wrongly.
         """
+        (context,) = self.prepare_branches((conditions,))
+        return context
+
+    def prepare_branches(self, branches: Sequence[Conditions]) -> list[Context]:
+        """Return what `prepare` returns of each guidance branch; all pass a block before the next one's turn."""
+        rows = [self._rows(conditions) for conditions in branches]
+        kvs = self.project(self.blocks, [(text_BSD, clip_BVD) for text_BSD, _, clip_BVD in rows])
+        return [
+            self._context(conditions, kv, bias_1S)
+            for conditions, kv, (_, bias_1S, _) in zip(branches, kvs, rows, strict=True)
+        ]
+
+    def _rows(self, conditions: Conditions) -> tuple[Tensor, Tensor | None, Tensor | None]:
         for name in ADAPTER_CONFIGS:
             if getattr(conditions, name) is not None and getattr(self.config, name) is None:
                 raise ValueError(f"this DiT takes no {name} conditions")
-        text_BSD, bias_1S, clip_BVD = self.embed_texts(conditions)
+        return self.embed_texts(conditions)
+
+    def _context(self, conditions: Conditions, kv: BlockKV, bias_1S: Tensor | None) -> Context:
         clean = conditions.clean_BCFhw
         states = ((adapter, adapter.prepare(self, conditions)) for adapter in self.adapters)
         return Context(
-            self.project(self.blocks, text_BSD, clip_BVD),
+            kv,
             bias_1S,
             conditions.concat_BCFhw,
             clean_frames=0 if clean is None else clean.shape[2],
@@ -132,15 +151,14 @@ class WanDiT(nn.Module):
             motion_B6D=conditions.motion_B6D,
         )
 
-    def project(
-        self, blocks: Iterable[nn.Module], text_BSD: Tensor, clip_BVD: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], ...]:
-        """Return the keys and values of these blocks for rows that `embed_texts` made."""
+    def project(self, blocks: Iterable[nn.Module], branches: Sequence[tuple[Tensor, Tensor | None]]) -> list[BlockKV]:
+        """Return the keys and values of these blocks for (text_BSD, clip_BVD) of each branch, as `embed_texts` made."""
 
-        def step(block: nn.Module, _: int, kv: tuple[tuple[Tensor, ...], ...]) -> tuple[tuple[Tensor, ...], ...]:
-            return (*kv, cast(Block, block).cross_attn.project(text_BSD, clip_BVD))
+        def step(block: nn.Module, _: int, kvs: list[BlockKV]) -> list[BlockKV]:
+            cross = cast(Block, block).cross_attn
+            return [(*kv, cross.project(*rows)) for kv, rows in zip(kvs, branches, strict=True)]
 
-        return self.run_blocks(blocks, step, ())
+        return self.run_blocks(blocks, step, [() for _ in branches])
 
     def embed_texts(self, conditions: Conditions) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return rows that blocks attend to, as wide as the model: text_BSD, its attention bias_1S, and clip_BVD.

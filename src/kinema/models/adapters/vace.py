@@ -67,9 +67,8 @@ class Vace(Adapter):
 
         tokens_BLD = model.run_blocks(self.blocks[:1], project, cells_BLD)
         text_BSD, bias_1S, clip_BVD = model.embed_texts(conditions)
-        return VaceState(
-            tokens_BLD, Context(model.project(self.blocks, text_BSD, clip_BVD), bias_1S), conditions.vace.scale
-        )
+        (kv,) = model.project(self.blocks, [(text_BSD, clip_BVD)])
+        return VaceState(tokens_BLD, Context(kv, bias_1S), conditions.vace.scale)
 
     def embed(self, model: WanDiT, stream: Stream, state: VaceState) -> Stream:
         if state.tokens_BLD.shape[1] != stream.tokens_BLD.shape[1]:
