@@ -41,6 +41,11 @@ def _norm(dim: int) -> nn.GroupNorm:
     return nn.GroupNorm(NUM_GROUPS, dim, EPS)
 
 
+def _channels_last(x_BCHW: Tensor) -> Tensor:
+    """The layout that convolutions keep: on a CPU they would copy what goes in and out of each of them otherwise."""
+    return x_BCHW.contiguous(memory_format=torch.channels_last)
+
+
 class ResidualBlock(nn.Module):
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -185,7 +190,7 @@ class FluxVAE(nn.Module):
         image_BCHW = self._frame(video_BCTHW, 8)
 
         def mean(x_BCTHW: Tensor, _: History) -> Tensor:
-            return self.encoder(x_BCTHW[:, :, 0])[:, : self.z_dim, None]
+            return self.encoder(_channels_last(x_BCTHW[:, :, 0]))[:, : self.z_dim, None]
 
         tiles = self._tiles(image_BCHW.shape[2] // 8, image_BCHW.shape[3] // 8, tile)
         mean_BCFhw = run_tiles(mean, image_BCHW[:, :, None], tiles, read=8, write=1, last=True)
@@ -196,7 +201,7 @@ class FluxVAE(nn.Module):
         z_BChw = self._frame(latents_BCFhw, 1) / self.config.scale + self.config.shift
 
         def decoded(z_BCFhw: Tensor, _: History) -> Tensor:
-            return self.decoder(z_BCFhw[:, :, 0].to(self.dtype))[:, :, None]
+            return self.decoder(_channels_last(z_BCFhw[:, :, 0].to(self.dtype)))[:, :, None]
 
         tiles = self._tiles(z_BChw.shape[2], z_BChw.shape[3], tile)
         yield run_tiles(decoded, z_BChw[:, :, None], tiles, read=1, write=8, last=True).float()
