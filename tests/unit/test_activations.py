@@ -283,3 +283,21 @@ def test_a_feed_forward_in_the_planned_parts_is_no_longer_the_fullest_moment() -
             narrow = {**config, "ffn_dim": 1}
             with_parts = activations.dit_bytes(config, 30_000, 0, size, ffn_tokens=part)
             assert with_parts <= 1.02 * activations.dit_bytes(narrow, 30_000, 0, size)
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("version", ["2.1", "2.2"])
+def test_vae_of_one_frame(version: str, decoder: bool) -> None:
+    new = version == "2.2"
+    with torch.inference_mode(), torch.device("meta"):
+        config = WanVAEConfig(
+            version=version, dim=160 if new else 96, dec_dim=256 if new else 96, z_dim=48 if new else 16
+        )
+        vae = WanVAE(config).requires_grad_(False).eval()
+        latents = torch.empty(1, vae.z_dim, 1, 60, 104)
+        picture = torch.empty(1, 3, 1, 60 * vae.spatial_stride, 104 * vae.spatial_stride)
+        with Live() as live:
+            for part in vae.decode_chunks(latents) if decoder else vae.encode_chunks(picture):
+                del part
+    predicted = activations.vae_bytes(dataclasses.asdict(config), 60, 104, 4, decoder=decoder, still=True)
+    assert predicted == pytest.approx(live.peak, rel=0.06)

@@ -106,19 +106,20 @@ def hearing_bytes(config: Config, seconds: float) -> float:
 
 def vae_bytes(
     config: Config, height: int, width: int, dtype_bytes: int, *, decoder: bool, chunk: int = 1,
-    tile: int | None = None, history_elsewhere: bool = False,
+    tile: int | None = None, history_elsewhere: bool = False, still: bool = False,
 ) -> float:  # fmt: skip
     """Return bytes of a clip on its way through the decoder or the encoder, `chunk` latent frames at a time.
 
     height, width       of the latents.
     tile                edge in latent cells of the tiles they are cut into.
     history_elsewhere   what the causal convolutions remember lies in host memory, the layer at work excepted.
+    still               it is one frame, of which nothing has to be remembered.
     """
     rows, columns = (tile_cells(side, tile) for side in (height, width))
-    levels = _Levels(config, chunk, decoder)
+    levels = _Levels(config, chunk, decoder, still)
     fullest = max(levels.moments())
     remembered = 0 if history_elsewhere or (rows, columns) != (height, width) else levels.history
-    picture = 4 * height * width * chunk * levels.stride * 3 * levels.scale**2
+    picture = 4 * height * width * (1 if still else chunk * levels.stride) * 3 * levels.scale**2
     # Beside the fullest layer the pictures of the piece before, or this one's; at the border copies to patch, clamp and
     # reorder them.
     inside, border = fullest * rows * columns * dtype_bytes + 2 * picture, (4 if decoder else 3) * picture
@@ -146,8 +147,8 @@ class _Levels:
     stride    pixel frames, and `scale` pixels along an edge, of a latent cell.
     """
 
-    def __init__(self, config: Config, chunk: int, decoder: bool) -> None:
-        self.config, self.decoder = config, decoder
+    def __init__(self, config: Config, chunk: int, decoder: bool, still: bool = False) -> None:
+        self.config, self.decoder, self.still = config, decoder, still
         self.old = config["version"] == "2.1"
         self.patch = 1 if self.old else 2
         self.mult = tuple(config["dim_mult"])
@@ -158,7 +159,8 @@ class _Levels:
         base = (config.get("dec_dim") or config["dim"]) if decoder else config["dim"]
         self.dims = [base * m for m in ((self.mult[-1], *reversed(self.mult)) if decoder else (1, *self.mult))]
         self.temporal = (*reversed(temporal), False) if decoder else (*temporal, False)
-        self.frames = float(chunk if decoder else chunk * self.stride)
+        self.temporal = tuple(halves and not still for halves in self.temporal)
+        self.frames = 1.0 if still else float(chunk if decoder else chunk * self.stride)
         self.area = 1.0 if decoder else 4.0 ** (len(self.mult) - 1)
         for _ in self.moments():
             pass
@@ -201,11 +203,16 @@ class _Levels:
             own = in_dim * frames * area - (entered if number == 0 else 0)
             kept = held + own + (out_dim * frames * area if in_dim != out_dim else 0)
             yield self._conv(in_dim, out_dim, frames, area, kept)
-            yield self._conv(out_dim, out_dim, frames, area, kept)
+            yield self._conv(out_dim, out_dim, frames, area, kept, second=True)
             in_dim = out_dim
 
-    def _conv(self, in_dim: int, out_dim: int, frames: float, area: float, kept: float) -> float:
-        """Input, the same behind two remembered frames, those frames, and the output."""
+    def _conv(self, in_dim: int, out_dim: int, frames: float, area: float, kept: float, second: bool = False) -> float:
+        """Input, the same behind two remembered frames, those frames, and the output.
+
+        Of a still the norm before it is fuller: of a block's second convolution it reads what is not among `kept`.
+        """
+        if self.still:
+            return kept + area * (3 * in_dim if second else in_dim + max(in_dim, out_dim))
         self.history += 2 * in_dim * area
         return kept + area * (in_dim * (2 * frames + 4) + out_dim * frames)
 

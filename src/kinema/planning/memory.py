@@ -15,7 +15,7 @@ from kinema.planning import activations, flux_cost
 from kinema.planning.flux import rows_beside
 from kinema.planning.flux_cost import is_flux
 from kinema.planning.geometry import SPEECH_MULTIPLE
-from kinema.planning.inputs import encodes
+from kinema.planning.inputs import encoded_latent_frames, encodes
 from kinema.planning.quantisation import unpacking_bytes
 from kinema.schema import Expert, Limits, Machine, ModelRef, Note, Plan, Quantise, Request, StageCost
 
@@ -247,9 +247,11 @@ def _vae(plan: Plan, *, decoder: bool) -> float:
         taken = flux_cost.autoencoder_bytes(plan.vae.config, rows, columns, size, decoder=decoder, tile=tile)
         return taken * _workspace(plan)
     elsewhere = plan.vae_cache == "cpu" and plan.device != "cpu"
+    frames = plan.latent[1] - plan.reference_frames if decoder else encoded_latent_frames(plan)
     taken = activations.vae_bytes(
         plan.vae.config, rows, columns, BYTES[plan.vae.dtype],
         decoder=decoder, chunk=plan.chunk, tile=tile, history_elsewhere=elsewhere,
+        still=frames <= 1 and not plan.clips,
     )  # fmt: skip
     return taken * _workspace(plan) + (_pictures(plan, decoder=decoder) if plan.device == "cpu" else 0)
 
