@@ -106,18 +106,26 @@ _VERBS = {
 }
 
 
-def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """The sentence for a scene; without rng always its first paraphrase."""
+def phrases(scene: Scene, rng: np.random.Generator | None = None) -> tuple[list[str], str]:
+    """One clause for each thing, and the words for the background; without rng always the first paraphrase."""
 
     def pick(*choices: str) -> str:
         return choices[0] if rng is None else choices[int(rng.integers(len(choices)))]
 
-    parts = []
+    clauses = []
     for thing in scene.things:
         verbs = _VERBS.get(thing.motion) or (f"moves {thing.motion}", f"slides {thing.motion}")
-        parts.append(f"{pick('a', 'the', 'one')} {thing.words} {pick(*verbs)}")
-    place = pick(f"on a {scene.background} background", f"over a {scene.background} background")
-    return f"{' and '.join(parts)} {place}"
+        clauses.append(f"{pick('a', 'the', 'one')} {thing.words} {pick(*verbs)}")
+    return clauses, pick(f"on a {scene.background} background", f"over a {scene.background} background")
+
+
+def sentence(clauses: list[str], place: str) -> str:
+    return f"{' and '.join(clauses)} {place}"
+
+
+def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
+    """The sentence for a scene; without rng always its first paraphrase."""
+    return sentence(*phrases(scene, rng))
 
 
 def _distance(shape: str, x: NDArray[np.float32], y: NDArray[np.float32], radius: NDArray[np.float32]) -> NDArray:

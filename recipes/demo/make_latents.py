@@ -1,6 +1,6 @@
 """Encode captioned clips with the finished autoencoder, in lots of 1000 clips: what the DiT trains on.
 
-    python recipes/demo/make_latents.py --lots 4
+    python recipes/demo/make_latents.py
 
 Skips lots that exist. The first one also measures the latent statistics. A lot of runs/demo/latents holds, float16:
 clips_NCFhw, and for its leading clips the encodings of [first frame, grey, ...] and of [first, grey, ..., last].
@@ -82,8 +82,8 @@ def main(lots: int, two_share: float, device: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lots", type=int, default=4)
-    parser.add_argument("--two-share", type=float, default=0.25, help="share of clips with two things")
+    parser.add_argument("--lots", type=int, default=8)
+    parser.add_argument("--two-share", type=float, default=0.5, help="share of clips with two things")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     main(given.lots, given.two_share, given.device)

@@ -73,7 +73,7 @@ def decode(vae: WanVAE, latents_BCFhw: Tensor, device: str = "cpu") -> data.Clip
 
 
 def held_out(count: int) -> tuple[list[str], list[data.Scene]]:
-    drawn = [data.clip(seed, "held_out")[1:] for seed in range(1000, 1000 + count)]
+    drawn = [data.clip(seed, "held_out", two_share=0.5)[1:] for seed in range(1000, 1000 + count)]
     return [text for text, _ in drawn], [scene for _, scene in drawn]
 
 

@@ -1,4 +1,4 @@
-"""Train the DiT and its text encoder together on encoded clips (see make_latents.py) by rectified flow.
+"""Train the DiT on encoded clips (see make_latents.py) and the frozen text encoder (train_text.py), by rectified flow.
 
     python recipes/demo/train_dit.py --steps 4500
 
@@ -17,16 +17,16 @@ import sample
 import torch
 from make_latents import FIRST, FIRST_LAST, LATENTS, LOT, VAE, load_vae
 from torch import Tensor, nn
+from train_text import CHECKPOINT as TEXT_CHECKPOINT
+from train_text import TEXT, token_ids
 from train_vae import RUNS
 
-from kinema.models.encoders import UMT5, TextEncoderConfig
+from kinema.models.encoders import UMT5
 from kinema.models.tokenizer import Tokenizer
 from kinema.models.wan import WanConfig, WanDiT, stays_float32
 from kinema.tensors import Conditions
 
 TEXT_LEN = 64
-LONGEST = 32  # tokens of a caption
-TEXT = TextEncoderConfig(vocab=256, dim=128, dim_attn=128, num_heads=4, ffn_dim=256, num_layers=2)
 DIT = WanConfig(
     dim=256, ffn_dim=512, num_layers=7, in_channels=36, out_channels=16, text_dim=TEXT.dim, text_len=TEXT_LEN
 )
@@ -38,11 +38,11 @@ CHECKPOINT = RUNS / "dit.pt"
 
 
 class Model(nn.Module):
-    """The text encoder and the DiT, as one thing to train and to average."""
+    """The DiT, which is trained, behind the text encoder, which is not."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.text = UMT5(TEXT)
+        self.text = UMT5(TEXT).requires_grad_(False)
         self.dit = WanDiT(DIT)
         self.dit.init_weights()
 
@@ -104,12 +104,6 @@ class Bank:
         return clean, concat, ids
 
 
-def token_ids(tokenizer: Tokenizer, captions: list[str]) -> Tensor:
-    """Token ids padded with 0, int64 [N, LONGEST]."""
-    rows = [torch.tensor(tokenizer.encode(text, LONGEST).ids) for text in captions]
-    return torch.stack([nn.functional.pad(row, (0, LONGEST - len(row))) for row in rows])
-
-
 def flow_loss(model: Model, batch: tuple[Tensor, Tensor, Tensor], device: str) -> Tensor:
     """Squared error of the velocity noise - clean at sigma drawn uniformly, then shifted towards noise."""
     clean, concat, ids = (tensor.to(device) for tensor in batch)
@@ -130,7 +124,7 @@ def optimisers(model: Model, rate: float) -> list[torch.optim.Optimizer]:
         if name.startswith("blocks.") and name.endswith("weight") and p.ndim == 2
     ]
     chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    rest = [p for p in model.dit.parameters() if id(p) not in chosen]
     return [
         torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", ns_steps=5),
         torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
@@ -141,11 +135,13 @@ def train(steps: int, rate: float, minutes: float, device: str) -> None:
     torch.manual_seed(0)
     tokenizer = Tokenizer.from_path(RUNS / "spiece.model")
     model, average = Model().to(device), Model().to(device)
-    average.load_state_dict(model.state_dict())
     fused.compile_blocks(model.dit)
     both = optimisers(model, rate)
     state, step = loop.restore(CHECKPOINT), 0
-    if state is not None:
+    if state is None:
+        model.text.load_state_dict(torch.load(TEXT_CHECKPOINT, weights_only=True)["model"])
+        average.load_state_dict(model.state_dict())
+    else:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         for optimiser, saved in zip(both, state["optimisers"], strict=False):  # none after unpack.py
