@@ -1,8 +1,8 @@
 """Turn the model that ships back into checkpoints, to go on training where runs/demo is gone.
 
     python recipes/demo/unpack.py
-    python recipes/demo/make_latents.py --lots 8 --two-share 0.7
-    python recipes/demo/train_dit.py --steps 9000
+    python recipes/demo/make_latents.py
+    python recipes/demo/train_dit.py --steps 12000
 
 The weights come back rounded to float16; the optimisers' state does not come back, and starts anew.
 """
