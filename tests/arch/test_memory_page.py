@@ -68,5 +68,32 @@ def test_what_a_refusal_names_does_fit(script: ModuleType, folder: Path, answers
     for (model, size, card), error in refused.items():
         assert error.details["fits"], (model, size, card)
         for words in error.details["fits"]:
-            flags = dict(re.findall(r"--(\w+) (\S+)", words))
+            flags = {flag.replace("-", "_"): value for flag, value in re.findall(r"--([\w-]+) (\S+)", words)}
             assert script.plan_on(script.request_of(model, **{"size": size, **flags}), card, folder)
+
+
+OWN = {"text_encoder_on": "device"}
+WHOLE = {**OWN, "blocks_to_swap": 0}
+
+
+@pytest.mark.parametrize(
+    ("model", "card", "fields", "rounded"),
+    [
+        ("wan2.2-animate-14b", 8, {"size": "832x480"}, "--quantise fp8"),
+        ("flux.1-dev", 16, WHOLE, "--quantise fp8"),
+        ("flux.1-dev", 8, OWN, "--quantise-text-encoder fp8"),
+        ("wan2.2-ti2v-5b", 10, WHOLE, "--quantise fp8 --quantise-text-encoder fp8"),
+        ("flux.1-dev", 8, WHOLE, None),
+        ("wan2.2-animate-14b", 8, {"size": "832x480", "precision": "reference"}, None),
+    ],
+)
+def test_rounding_is_named_where_it_is_enough_and_no_more_of_it(
+    script: ModuleType, folder: Path, model: str, card: int, fields: dict[str, Any], rounded: str | None
+) -> None:
+    with pytest.raises(MachineError) as caught:
+        script.plan_on(script.request_of(model, **fields), card, folder)
+    named = [words for words in caught.value.details["fits"] if "--quantise" in words]
+    assert named == ([rounded] if rounded else [])
+    if rounded:
+        flags = {flag.replace("-", "_"): kind for flag, kind in re.findall(r"--([\w-]+) (\S+)", rounded)}
+        assert script.plan_on(script.request_of(model, **fields, **flags), card, folder)

@@ -8,7 +8,7 @@ import pytest
 
 from kinema.catalog import load_catalog
 from kinema.errors import MachineError, RequestError
-from kinema.schema import FileFacts, Plan
+from kinema.schema import FileFacts, Machine, Plan
 from plan.world import MACHINE, files_of, plan
 
 MODEL = "wan2.1-t2v-1.3b"
@@ -56,6 +56,31 @@ def test_rows_that_hold_no_whole_part_are_refused_before_anything_is_loaded() ->
         plan(MODEL, facts=with_files(matrix_width=32), quantise="fp8-64")
     assert caught.value.hint == "pass --quantise fp8"
     assert plan(MODEL, facts=with_files(matrix_width=32), quantise="fp8").experts["model"].quantisation == "fp8"
+
+
+def refused(machine: Machine, **changes: Any) -> list[str]:
+    with pytest.raises(MachineError) as caught:
+        plan(MODEL, facts=with_files(machine, **changes))
+    return [words for words in caught.value.details["fits"] if "--quantise" in words]
+
+
+def test_int8_is_named_where_the_numbers_that_fp8_multiplies_do_not_fit() -> None:
+    def card(memory: float, able: bool) -> Machine:
+        update = {"memory_total": int(memory), "memory_free": int(memory), "fp8_matmul": able}
+        return MACHINE.model_copy(update=update)
+
+    assert refused(card(22.1e9, able=True)) == ["--quantise int8"]
+    assert refused(card(22.1e9, able=False)) == refused(card(22.3e9, able=True)) == ["--quantise fp8"]
+    assert plan(MODEL, facts=with_files(card(22.1e9, able=True)), quantise="int8")
+    with pytest.raises(MachineError):
+        plan(MODEL, facts=with_files(card(22.1e9, able=True)), quantise="fp8")
+    assert refused(card(20e9, able=True)) == []
+
+
+def test_a_file_that_is_quantised_is_not_told_to_be_rounded() -> None:
+    small = MACHINE.model_copy(update={"memory_total": 24 * 10**9, "memory_free": 24 * 10**9})
+    assert refused(small) == ["--quantise fp8"]
+    assert refused(small, quantisation="Q8_0") == []
 
 
 def test_plain_fp8_is_warned_of() -> None:

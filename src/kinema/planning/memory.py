@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import product
 from typing import Any, get_args
 
 from kinema.errors import MachineError, RequestError
@@ -36,7 +38,12 @@ FREED = ("blocks_to_swap", "text_encoder_on", "ffn_tokens", "vae_cache", "tile")
 FIELDS = ("vram", "ram", "dtype", "quantise", "quantise_text_encoder", *FREED, "chunk")
 """All by which a user decides how memory is used."""
 
+ROUNDED = (("quantise",), ("quantise_text_encoder",), ("quantise", "quantise_text_encoder"))
+"""Request fields by which weights of 16 bits and more take half the room: the fewest first."""
+
 Variants = Iterator[Plan]
+Held = Callable[[Request], dict[str, Any]]
+"""Another request -> the recipes of a plan's experts and text encoder, held as it wants them."""
 
 
 # --- one model -------------------------------------------------------------------------------------
@@ -280,7 +287,7 @@ def _dit(plan: Plan, ref: ModelRef) -> float:
 # --- choosing --------------------------------------------------------------------------------------
 
 
-def fit(plan: Plan, request: Request, machine: Machine) -> Plan:
+def fit(plan: Plan, request: Request, machine: Machine, held: Held) -> Plan:
     """Return the plan with limits, the settings that keep within them, and costs.
 
     What the user decided stays as it is. Settings that change no number are taken before those that do.
@@ -291,7 +298,7 @@ def fit(plan: Plan, request: Request, machine: Machine) -> Plan:
     plan = _as_asked(plan, request)
     fitted = _fitted(plan, request)
     if shortfall(fitted):
-        raise _refusal(fitted, plan, request, machine)
+        raise _refusal(fitted, plan, request, machine, held)
     notes = _notes(fitted, request, machine)
     return fitted.model_copy(update={"notes": (*fitted.notes, *notes)})
 
@@ -430,13 +437,13 @@ def _notes(plan: Plan, request: Request, machine: Machine) -> list[Note]:
 # --- refusing --------------------------------------------------------------------------------------
 
 
-def _refusal(fitted: Plan, plan: Plan, request: Request, machine: Machine) -> MachineError:
+def _refusal(fitted: Plan, plan: Plan, request: Request, machine: Machine, held: Held) -> MachineError:
     cost = shortfall(fitted)
     assert cost is not None
     host = bool(plan.limits.host) and cost.host_bytes > plan.limits.host
     need, have = (cost.host_bytes, plan.limits.host) if host else (device_need(fitted, cost), plan.limits.device)
     flag = "--ram" if host or plan.device == "cpu" else "--vram"
-    fits = nearest(plan, request)
+    fits = nearest(plan, request, held)
     allowed = getattr(request, flag[2:]) is not None
     where = f"{flag} allows" if allowed else f"{machine.name or machine.device} has"
     hints = [f"pass {words}" if words.startswith("--") else words for words in fits]
@@ -455,8 +462,10 @@ def device_need(plan: Plan, cost: StageCost) -> int:
     return cost.peak_bytes if plan.device == "cpu" else round(cost.peak_bytes / USABLE + CONTEXT)
 
 
-def nearest(plan: Plan, request: Request) -> list[str]:
-    """Return what to type instead, each way really computed: without own settings, fewer frames, a smaller size."""
+def nearest(plan: Plan, request: Request, held: Held | None = None) -> list[str]:
+    """Return what to type instead, each way really computed: without own settings, with rounded weights where `held`
+    makes them, fewer frames, a smaller size.
+    """
     found = []
     own = [field for field in FREED if field in plan.limits.given]
     if own:
@@ -465,6 +474,8 @@ def nearest(plan: Plan, request: Request) -> list[str]:
         if not shortfall(_fitted(_as_asked(bare, freed), freed)):
             words = ", ".join("--" + field.replace("_", "-") for field in own)
             found.append(f"leave out {words}: what the plan chooses fits")
+    if held is not None and request.precision != "reference":  # in which nothing is rounded
+        found += _rounded(plan, request, held)
     fewer = range(plan.frames - 4, 0, -4) if not plan.clips else range(0)  # a clip has the length its model has
     frames = _largest(fewer, lambda n: resized(plan, n, plan.width, plan.height), request)
     if frames is not None:
@@ -475,6 +486,17 @@ def nearest(plan: Plan, request: Request) -> list[str]:
     if width is not None:
         found.append(f"--size {width}x{_beside(plan, width, step)}")
     return found
+
+
+def _rounded(plan: Plan, request: Request, held: Held) -> list[str]:
+    """The least that has to be rounded, if it is enough; int8 where fp8 numbers, multiplied as they are, take more."""
+    free = [fields for fields in ROUNDED if all(getattr(request, field) is None for field in fields)]
+    for fields, kind in product(free, ("fp8", "int8")):
+        asked = request.model_copy(update=dict.fromkeys(fields, kind))
+        with suppress(RequestError):  # a file that is quantised already
+            if not shortfall(_fitted(_as_asked(plan.model_copy(update=held(asked)), asked), asked)):
+                return [" ".join(f"--{field.replace('_', '-')} {kind}" for field in fields)]
+    return []
 
 
 def _beside(plan: Plan, width: int, step: int) -> int:
