@@ -271,6 +271,24 @@ def test_several_contexts_at_once_give_each_ones_velocity():
     assert torch.equal(together, torch.cat([model(x, timesteps, first), model(x, timesteps, second)]))
 
 
+def test_keys_and_values_beside_the_own_count_as_tokens_of_the_stream():
+    model, x, timesteps, conditions, _ = load("dit_t2v")
+    context = model.prepare(conditions)
+    stream = model.embed(x, timesteps[:, None], (36,), context)
+    attention, tokens, half = model.blocks[0].self_attn, stream.tokens_BLD, 20
+    left, right = (replace(stream, rope_LK=rope) for rope in (stream.rope_LK[:half], stream.rope_LK[half:]))
+    rest = attention.keys_values(tokens[:, half:], right)
+    torch.testing.assert_close(attention(tokens[:, :half], left, rest), attention(tokens, stream)[:, :half])
+
+    kept = tuple((torch.randn(2, 2, 5, 128), torch.randn(2, 2, 5, 128)) for _ in model.blocks)
+    more = model(x, timesteps, replace(context, more_kv=kept))
+    for index in range(len(kept)):
+        changed = tuple((k, v + 1) if place == index else (k, v) for place, (k, v) in enumerate(kept))
+        assert not torch.allclose(model(x, timesteps, replace(context, more_kv=changed)), more), (
+            "each layer reads its own"
+        )
+
+
 def test_wrong_inputs_are_refused():
     model, x, timesteps, conditions, _ = load("dit_i2v_a14b")
     context = model.prepare(conditions)

@@ -34,6 +34,8 @@ class Context:
     clean_frames   leading latent frames that are given, not denoised: their tokens see t = 0.
     positions      place in time of each latent frame; None: 0, 1, 2 ...
     motion_B6D     added to the modulation of every block, whatever the timestep.
+    more_kv        of each block: keys, rotated, and values [B, N, S, K] that every token attends to beside the stream's own,
+                   such as a second video's, kept from one pass through the network; empty: none.
     """
 
     kv: tuple[tuple[Tensor, ...], ...]
@@ -43,6 +45,7 @@ class Context:
     positions: tuple[int, ...] | None = None
     adapters: tuple[tuple[Adapter, Any], ...] = ()
     motion_B6D: Tensor | None = None
+    more_kv: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,21 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
 
-    def forward(self, x_BLD: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x_BLD: Tensor, stream: Stream, more_kv: tuple[Tensor, Tensor] | None = None) -> Tensor:
         heads = (-1, self.head_dim)
-        q_BLNK = rotate(self.norm_q(self.q(x_BLD)).unflatten(-1, heads), stream.rope_LK)
-        k_BLNK = rotate(self.norm_k(self.k(x_BLD)).unflatten(-1, heads), stream.rope_LK)
-        v_BLNK = self.v(x_BLD).unflatten(-1, heads)
-        y_BNLK = stream.attention(q_BLNK.transpose(1, 2), k_BLNK.transpose(1, 2), v_BLNK.transpose(1, 2))
+        q_BNLK = rotate(self.norm_q(self.q(x_BLD)).unflatten(-1, heads), stream.rope_LK).transpose(1, 2)
+        k_BNSK, v_BNSK = self.keys_values(x_BLD, stream)
+        if more_kv is not None:
+            k_BNSK, v_BNSK = torch.cat([k_BNSK, more_kv[0]], dim=2), torch.cat([v_BNSK, more_kv[1]], dim=2)
+        y_BNLK = stream.attention(q_BNLK, k_BNSK, v_BNSK)
         y_BLD: Tensor = self.o(y_BNLK.transpose(1, 2).flatten(2))
         return y_BLD
+
+    def keys_values(self, x_BLD: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Return keys, rotated, and values [B, N, L, K] of the tokens."""
+        heads = (-1, self.head_dim)
+        k_BLNK = rotate(self.norm_k(self.k(x_BLD)).unflatten(-1, heads), stream.rope_LK)
+        return k_BLNK.transpose(1, 2), self.v(x_BLD).unflatten(-1, heads).transpose(1, 2)
 
 
 class CrossAttention(nn.Module):
@@ -159,7 +169,8 @@ class Block(nn.Module):
         # Rounded here, once for all layers that read it: the float32 rows need not live as long as those do.
         dtype = context.kv[index][0].dtype
         n_BLD = modulate(self.norm1(x_BLD), shift_attn, scale_attn, segments).to(dtype)
-        x_BLD = gated_add(x_BLD, self.self_attn(n_BLD, stream), gate_attn, segments)
+        more_kv = context.more_kv[index] if context.more_kv else None
+        x_BLD = gated_add(x_BLD, self.self_attn(n_BLD, stream, more_kv), gate_attn, segments)
         n_BLD = self.norm3(x_BLD).to(dtype)
         x_BLD = x_BLD + self.cross_attn(n_BLD, context, index)
         n_BLD = modulate(self.norm2(x_BLD), shift_ffn, scale_ffn, segments).to(dtype)
