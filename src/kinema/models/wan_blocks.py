@@ -34,8 +34,8 @@ class Context:
     clean_frames   leading latent frames that are given, not denoised: their tokens see t = 0.
     positions      place in time of each latent frame; None: 0, 1, 2 ...
     motion_B6D     added to the modulation of every block, whatever the timestep.
-    more_kv        of each block: keys, rotated, and values [B, N, S, K] that every token attends to beside the stream's own,
-                   such as a second video's, kept from one pass through the network; empty: none.
+    more_kv        of each block: keys, rotated, and values [B, N, S, K] that tokens attend to beside the stream's own,
+                   such as another video's, kept from its one pass through the network; empty: none.
     """
 
     kv: tuple[tuple[Tensor, ...], ...]
