@@ -85,7 +85,9 @@ class Stream:
         return replace(self, tokens_BLD=tokens_BLD, rope_LK=rope_LK, segments=segments, front=0, side_BLD=None)
 
 
-class SelfAttention(nn.Module):
+class Projections(nn.Module):
+    """The layers of attention: queries, keys, values, output, and the norms of queries and keys over all heads."""
+
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
@@ -96,6 +98,8 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
 
+
+class SelfAttention(Projections):
     def forward(self, x_BLD: Tensor, stream: Stream, more_kv: tuple[Tensor, Tensor] | None = None) -> Tensor:
         heads = (-1, self.head_dim)
         q_BNLK = rotate(self.norm_q(self.q(x_BLD)).unflatten(-1, heads), stream.rope_LK).transpose(1, 2)
@@ -113,18 +117,11 @@ class SelfAttention(nn.Module):
         return k_BLNK.transpose(1, 2), self.v(x_BLD).unflatten(-1, heads).transpose(1, 2)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Projections):
     """Attention to the constant context; its keys and values are computed once, by `project`."""
 
     def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.q = Linear(config.dim, config.dim)
-        self.k = Linear(config.dim, config.dim)
-        self.v = Linear(config.dim, config.dim)
-        self.o = Linear(config.dim, config.dim)
-        self.norm_q = RMSNorm(config.dim, config.eps)
-        self.norm_k = RMSNorm(config.dim, config.eps)
+        super().__init__(config)
         if config.has_clip_tokens:
             self.k_img = Linear(config.dim, config.dim)
             self.v_img = Linear(config.dim, config.dim)
