@@ -9,6 +9,7 @@ The fields of `Request` are the keyword arguments. Importing this loads no torch
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -24,7 +25,7 @@ from kinema.errors import (
     RequestError,
 )
 from kinema.request import make_request
-from kinema.schema import ModelRef, Plan, Request, Result, Settings
+from kinema.schema import Event, ModelRef, Note, Plan, Request, Result, Settings
 from kinema.version import VERSION as __version__
 
 if TYPE_CHECKING:
@@ -126,12 +127,14 @@ def drive(video: Path | str, **fields: Any) -> dict[str, Path]:
 
 
 def _finished(making: Generator[Any, None, T]) -> T:
-    """Run a generator to its end and return what it returns."""
+    """Run a generator to its end and return what it returns; what it notes is warned of, as no Result carries it."""
     while True:
         try:
-            next(making)
+            event = next(making)
         except StopIteration as end:
             return cast(T, end.value)
+        if isinstance(event, Note):
+            warnings.warn(event.text, stacklevel=3)
 
 
 def pull(
@@ -140,6 +143,7 @@ def pull(
     """Fetch the files of models for a card, single files, or repositories (hf:OWNER/NAME:PATTERN), and return where.
 
     vram, ram  bytes of the card and of the machine that models are chosen for.
+    Warns of what was chosen, of files that stand for others, and of those that come from ModelScope.
     Raises CatalogError for what cannot be had, MachineError for a disk that is too small.
     """
     from kinema.catalog.choice import Card
@@ -153,9 +157,13 @@ def pull(
     settings = settings or default_settings()
     asked = order(names, load_store(settings.catalogs), Card(vram, ram), with_loras=loras)
     rows, root = wanted_of(asked.files, asked.addresses, settings.hub, "hf"), store_root(settings)
-    for _ in fetch(rows, root, settings.hub):
-        pass
-    return [root / row.place for row in rows]
+
+    def fetching() -> Generator[Event, None, list[Path]]:
+        yield from (Note(about="pull", text=text) for text in asked.notes)
+        yield from fetch(rows, root, settings.hub)
+        return [root / row.place for row in rows]
+
+    return _finished(fetching())
 
 
 def _engine(settings: Settings | None) -> Engine:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -404,6 +405,20 @@ def test_python_fetches_by_name_and_by_address(hub: FakeHub, tmp_path: Path):
     name = "Wan2.1-Fun-14B-InP-MPS.safetensors"
     hub.add(f"alibaba-pai/Wan2.1-Fun-Reward-LoRAs/{name}", DATA)
     settings = Settings(models=(tmp_path,), hub=hub.hub)
-    places = kinema.pull(name, "hf:Org/Repo:vae/*", vram=16 * 10**9, settings=settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        places = kinema.pull(name, "hf:Org/Repo:vae/*", vram=16 * 10**9, settings=settings)
     assert places == [tmp_path / "loras" / name, tmp_path / "Org/Repo/vae/x.safetensors"]
     assert all(place.read_bytes() == DATA for place in places)
+
+
+def test_python_warns_of_what_stands_for_a_file_and_of_where_it_comes_from(hub: FakeHub, tmp_path: Path):
+    real = "city96/FLUX.1-dev-gguf/flux1-dev-Q5_K_S.gguf"
+    hub.add(real, DATA)
+    settings = Settings(models=(tmp_path,), hub=hub.hub)
+    with pytest.warns(UserWarning, match="never published") as told:
+        (place,) = kinema.pull("flux1-dev-Q5_K_M.gguf", vram=16 * 10**9, settings=settings)
+    assert place.name == "flux1-dev-Q5_K_S.gguf" and [Path(one.filename) for one in told] == [Path(__file__)]
+    with pytest.warns(UserWarning) as told:
+        kinema.pull("flux1-dev-Q5_K_M.gguf", vram=16 * 10**9, settings=settings)
+    assert len(told) == 1, "each time it is asked for"
