@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from kinema.media.pixels import fit_pixels
 from kinema.media.probe import probe
 from kinema.media.reader import read_video
 from kinema.media.video import write
-from kinema.neutral import NeutralPoses
+from kinema.neutral import EDITING, NeutralPoses
 from kinema.planning.geometry import frames_shown, size_within
 from kinema.pose.files import find_outline, find_reader
 from kinema.pose.keypoints import Pose
@@ -84,8 +85,8 @@ def make_driving(
 ) -> Generator[Progress | Note, None, dict[str, Path]]:
     """Write the driving videos of a clip into the folder `request.save`; return them by Request field.
 
-    request  reference: the person to animate, needed unless options.replace; mask: a video, white where the person to
-             be replaced is; size: an area, 720p by default; fps: 30 by default.
+    request  reference: the person to animate, needed unless options.replace; mask: a video or image, white where the
+             person to be replaced is; size: an area, 720p by default; fps: 30 by default.
 
     Raises RequestError for what cannot be read, for a video in which no person is found, and a reference without one;
     where options.neutral, what planning it raises.
@@ -198,7 +199,9 @@ def _straight(reader: PoseReader, picture: Path, before: Pose) -> Pose:
 def _outline(clip: Clip, request: Request, options: DriveOptions, models: Iterable[Path]) -> tuple[Outline, str]:
     """Where the person is in each frame, and how that is known: by a mask video, SAM 2, or the box around them."""
     if request.mask is not None:
-        return _given_outline(clip, request.mask), f"{request.mask.name} says where the person is"
+        facts = probe(request.mask)
+        when = ", the same in every frame" if facts.frames == 1 else ""
+        return _given_outline(clip, request.mask, facts), f"{request.mask.name} says where the person is{when}"
     reader = find_outline(options.sam2, request.device or "cpu", models) if options.replace else None
     if reader is not None:
         return reader, f"the outline of the person, by {reader.name} from the skeleton of each frame"
@@ -206,14 +209,13 @@ def _outline(clip: Clip, request: Request, options: DriveOptions, models: Iterab
     return lambda frame_HWC, pose: box_mask(pose, *clip.size), text
 
 
-def _given_outline(clip: Clip, mask: Path) -> Outline:
-    """Of a mask video, which has to be as long as the clip and of its shape."""
-    facts = probe(mask)
-    shown = frames_shown(facts, clip.fps)
-    if shown < clip.frames:
+def _given_outline(clip: Clip, mask: Path, facts: MediaFacts) -> Outline:
+    """Of a mask video, which has to be as long as the clip, or of one image; of the clip's shape."""
+    still, shown = facts.frames == 1, frames_shown(facts, clip.fps)
+    if shown < clip.frames and not still:
         raise RequestError(
             f"mask {mask} ends before the video does: it shows {shown} of {clip.frames} frames",
-            f"give one as long, or pass --frames {shown}",
+            f"give one as long, one image for all frames, or pass --frames {shown}",
             field="mask",
             got=shown,
             allowed=clip.frames,
@@ -226,7 +228,7 @@ def _given_outline(clip: Clip, mask: Path) -> Outline:
             field="mask",
             got=f"{facts.width}x{facts.height}",
         )
-    masks = read_video(mask, fps=clip.fps)
+    masks = cycle(read_video(mask)) if still else read_video(mask, fps=clip.fps)
     return lambda frame_HWC, pose: fit_pixels(next(masks), width, height, "stretch")[..., 0] > 127
 
 
@@ -318,6 +320,14 @@ def _checked(video: Path, request: Request, options: DriveOptions) -> tuple[Medi
             field="neutral",
             got=options.neutral,
         )
+    for field in EDITING:
+        if getattr(request, field) is not None and not options.neutral:
+            raise RequestError(
+                f"{field} is for the pictures in a neutral pose, and none are made",
+                f"leave --{field} out, or pass --neutral flux.1-kontext-dev as well",
+                field=field,
+                got=getattr(request, field),
+            )
     if options.replace:
         return facts, None
     if not request.reference:

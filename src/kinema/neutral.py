@@ -21,8 +21,11 @@ from kinema.request import make_request
 from kinema.schema import MediaFacts, Note, Plan, Progress, Request, Settings
 from kinema.tensors import Media
 
-INHERITED = ("device", "precision", "quantise", "seed", "vram", "ram", "overwrite")
-"""Fields of the request that the edits have as well."""
+EDITING = ("precision", "quantise", "seed", "vram", "ram")
+"""Fields of the request that mean something to the edits alone."""
+
+INHERITED = (*EDITING, "device", "overwrite")
+"""Those that the edits have."""
 
 STEPS = 28
 SEEN = 0.75

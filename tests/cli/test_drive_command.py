@@ -122,6 +122,11 @@ def test_a_given_mask_is_grown_and_made_of_blocks(cli: Cli, clip: Path, networks
     ys, xs = torch.nonzero(on, as_tuple=True)
     assert abs(int(xs.max() - xs.min()) + 1 - (4 + 18)) <= 2 and abs(int(ys.max() - ys.min()) + 1 - (4 + 18)) <= 2
     assert "the box around" not in ran.err
+    Image.fromarray(mask[0]).save(tmp_path / "mask.png")
+    words = ["drive", clip, "--replace", "--models-dir", networks, "--size", "96x64"]
+    ran = cli(*words, "--mask", tmp_path / "mask.png", "--save", "z")
+    assert ran.code == 0 and "mask.png says where the person is, the same in every frame" in ran.err, ran.err
+    assert torch.equal(frames(Path("z/mask.mp4"))[-1, :, :, 0] > 127, on)
     short = tmp_path / "short.mp4"
     write(Media(iter([torch.from_numpy(mask[:3])]), 3, 96, 64, 30, {}), short, "mp4", 100)
     tall = tmp_path / "tall.mp4"
@@ -215,16 +220,18 @@ def test_a_neutral_pose_is_refused_before_anything_is_read(
 def test_from_python(clip: Path, reference: Path, networks: Path, tmp_path: Path) -> None:
     detector = networks / NETWORKS / "det/yolov10m.onnx"
     points = networks / NETWORKS / "pose2d/vitpose_h_wholebody.onnx"
-    made = kinema.drive(
-        clip,
-        reference=reference,
-        retarget=False,
-        detector=detector,
-        points=points,
-        size="64x80",
-        save=tmp_path / "out",
-        fps=15,
-    )
+    with pytest.warns(UserWarning, match="frames show no person") as told:
+        made = kinema.drive(
+            clip,
+            reference=reference,
+            retarget=False,
+            detector=detector,
+            points=points,
+            size="64x80",
+            save=tmp_path / "out",
+            fps=15,
+        )
+    assert {Path(one.filename).name for one in told} == {Path(__file__).name}, "where it was asked for"
     assert list(made) == ["pose", "face"] and probe(made["pose"]).fps == 15
     assert probe(made["pose"]).frames == FRAMES / 2
     with pytest.raises(RequestError, match="exists already"):
@@ -252,6 +259,23 @@ def test_what_cannot_mean_anything(cli: Cli, clip: Path, reference: Path, networ
     assert ran.code == 2 and "cut into one cell or more" in ran.err
     ran = cli("drive", clip, "--models-dir", networks, "--replace", "--frames", "9")
     assert ran.code == 2 and "shows 8 at 30 fps" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("seed", "1"), ("precision", "reference"), ("quantise", "fp8"), ("vram", "8GB"), ("ram", "8GB")],
+)
+def test_what_is_for_neutral_poses_alone_is_refused_without_them(
+    cli: Cli, clip: Path, reference: Path, networks: Path, tmp_path: Path, field: str, value: str
+) -> None:
+    words = ["drive", clip, "--reference", reference, "--models-dir", networks, "--save", "y"]
+    ran = cli(*words, f"--{field}", value)
+    assert ran.code == 2 and f"{field} is for the pictures in a neutral pose" in ran.err and "--neutral" in ran.err
+    assert not Path("y").exists(), "before anything is read"
+    config = tmp_path / "kinema.toml"
+    config.write_text(f'[defaults]\n{field} = "{value}"\n' if field != "seed" else "[defaults]\nseed = 1\n")
+    ran = cli(*words, "--size", "64x80", "--config", config)
+    assert ran.code == 0, "a default of the configuration is not meant for every verb: " + ran.err
 
 
 def test_a_video_of_nobody(cli: Cli, networks: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from animate_world import build_animate, driving_video, masks, moving, replacement
@@ -122,6 +123,29 @@ def test_frames_without_anybody_are_told(engine: Engine, ask, tmp_path: Path):
         "empty in 5 of the 9 frames of clip 1: nobody is replaced there",
         "empty in 3 of the 3 frames of clip 2: nobody is replaced there",
     ]
+
+
+@pytest.mark.parametrize("role", ["mask", "background"])
+def test_one_image_is_that_of_every_frame(engine: Engine, ask, inputs: dict[str, Path], tmp_path: Path, role: str):
+    """The same bits as a video that shows the image all along; an image moved by a pixel makes another video."""
+    shown = next(read_video(inputs[role]))
+    paths = {"still": tmp_path / "still.png", "moved": tmp_path / "moved.png"}
+    Image.fromarray(shown.numpy()).save(paths["still"])
+    Image.fromarray(shown.roll(8, 1).numpy()).save(paths["moved"])
+    paths["folder"] = tmp_path / "folder"
+    paths["folder"].mkdir()
+    for number in range(12):
+        Image.fromarray(shown.numpy()).save(paths["folder"] / f"{number}.png")
+    made = {}
+    for name, path in paths.items():
+        result = finish(
+            engine, ask("mask", "background", **{role: path, "frames": 12, "save": tmp_path / f"{name}.mp4"})
+        )
+        assert len(result.plan.clips) == 2, "also where a second clip reads on"
+        told = [f"{name}.png is one image: the {role} of all 12 frames"] if name != "folder" else []
+        assert texts(result.plan, role) == told
+        made[name] = pixels(result.paths[0])
+    assert torch.equal(made["still"], made["folder"]) and not torch.equal(made["still"], made["moved"])
 
 
 def test_guidance_sees_no_face(engine: Engine, ask, tmp_path: Path):
@@ -256,6 +280,12 @@ def test_inputs_that_do_not_fit_each_other_are_refused(engine: Engine, ask, tmp_
         engine.plan(ask("background", mask=masks(tmp_path / "m.mp4", FRAMES, (48, 64))))
     with pytest.raises(RequestError, match=r"face .* shows 5 frames at 30 fps; 20 are made"):
         engine.plan(ask(face=moving(tmp_path / "f.mp4", 5, (32, 32), seed=1)))
+    with pytest.raises(RequestError, match=r"face .* shows 1 frames at 30 fps; 20 are made") as caught:
+        engine.plan(ask(face=picture(tmp_path / "f.png", 32, 32)))
+    assert "one image" not in caught.value.hint, "a face that moves, of a skeleton that does"
+    with pytest.raises(RequestError, match=r"mask .* shows 5 frames") as caught:
+        engine.plan(ask("background", mask=masks(tmp_path / "short.mp4", 5)))
+    assert "one image for all frames" in caught.value.hint
     with pytest.raises(RequestError, match="2 reference images"):
         engine.plan(ask(reference=(inputs["reference"], inputs["reference"])))
     with pytest.raises(RequestError, match="has no sound") as caught:

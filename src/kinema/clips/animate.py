@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import cast
 
 import torch
@@ -54,8 +55,7 @@ class DrivingVideos:
     def __init__(self, videos: Sequence[VideoPlan], clip_frames: int) -> None:
         self._videos = {video.role: video for video in videos}
         self._windows = {
-            video.role: Window(read_video(video.path, fps=video.fps), clip_frames, f"--{video.role} {video.path}")
-            for video in videos
+            video.role: Window(_frames(video), clip_frames, f"--{video.role} {video.path}") for video in videos
         }
 
     def take(self, numbers: Sequence[int]) -> Driving:
@@ -80,6 +80,10 @@ class DrivingVideos:
         frames = dict(zip(numbers, self._windows[role].take(numbers), strict=True))
         fitted = {number: fit_pixels(frame, video.width, video.height, "crop") for number, frame in frames.items()}
         return [fitted[number] for number in numbers]
+
+
+def _frames(video: VideoPlan) -> Iterator[Tensor]:
+    return cycle(read_video(video.path)) if video.still else read_video(video.path, fps=video.fps)
 
 
 def reference_channels(vae: WanVAE, reference_CHW: Tensor, tile: int | None = None) -> Tensor:

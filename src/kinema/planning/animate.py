@@ -32,6 +32,9 @@ OVERLAPS = (1, 5)
 RELIGHTING = "relight-animate"
 """The LoRA for replacement, by its name in loras.toml."""
 
+STILL = ("mask", "background")
+"""Roles that one image may have, in all frames."""
+
 MULTIPLE = 16
 SAME_SHAPE = 0.02
 SAME_LENGTH = 0.1  # seconds; containers round the length of sound to whole packets
@@ -268,21 +271,24 @@ def _video(
         raise RequestError(
             f"{role} {facts.path} has sound but no picture", "pass a video", field=role, got=str(facts.path)
         )
-    shown = frames_shown(facts, fps)
-    if shown < frames:
+    still, shown = role in STILL and facts.frames == 1, frames_shown(facts, fps)
+    if still and frames > 1:
+        notes.append(Note(about=role, text=f"{facts.path.name} is one image: the {role} of all {frames} frames"))
+    elif shown < frames:
         raise RequestError(
             f"{role} {facts.path} shows {shown} frames at {fps:g} fps; {frames} are made",
-            f"give one as long as {pose.path.name}, or pass --frames {shown}",
+            f"give one as long as {pose.path.name}, {'one image for all frames, ' * (role in STILL)}or pass "
+            f"--frames {shown}",
             field=role,
             got=shown,
             allowed=frames,
         )
-    if shown > frames:
+    if shown > frames and not still:
         text = f"of the {shown} frames of {facts.path.name} at {fps:g} fps the first {frames} are used"
         notes.append(Note(about=role, text=text))
     if facts.has_alpha:
         notes.append(Note(about=role, text=f"{facts.path.name} has transparency, which is shown as black"))
-    if facts.fps and abs(facts.fps - fps) > 0.01:
+    if facts.fps and not still and abs(facts.fps - fps) > 0.01:
         notes.append(Note(about=role, text=f"{facts.path.name} ({facts.fps:.4g} fps) is read at {fps:g} fps"))
     other = abs(facts.width * pose.height - facts.height * pose.width) > SAME_SHAPE * facts.width * pose.height
     if role != "face" and other:
@@ -297,4 +303,7 @@ def _video(
     if abs(facts.width * size[1] - facts.height * size[0]) > SAME_SHAPE * facts.width * size[1]:
         shape = f"{facts.path.name} ({facts.width}x{facts.height})"
         notes.append(Note(about=role, text=f"{shape} is cropped at its centre to {size[0]}x{size[1]}"))
-    return VideoPlan(role=role, path=facts.path, fps=fps, frames=frames, width=size[0], height=size[1])
+    return VideoPlan(
+        role=role, path=facts.path, files=facts.files, fps=fps, frames=frames, still=still, width=size[0],
+        height=size[1],
+    )  # fmt: skip

@@ -124,7 +124,7 @@ class VideoPlan(Frozen):
     role    "source" is what video to video starts from; "video" is kept, where there is no mask.
     frames  how many are used, from the first on; they are frames 0, 1, ... of the result.
     files   of a folder, the images in it.
-    still   it is one picture: of a mask, that of every frame.
+    still   it is one picture: of a mask or a background, that of every frame.
     fit     crop it at its centre, or show it whole, with bars that are made.
     """
 

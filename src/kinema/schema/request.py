@@ -102,7 +102,7 @@ class Request(Frozen):
     mask: Path | None = _field("media", "Mask video or image; what is white is made anew, black is kept.")
     pose: Path | None = _field("media", "Pose video.")
     face: Path | None = _field("media", "Face video.")
-    background: Path | None = _field("media", "Background video.")
+    background: Path | None = _field("media", "Background video or image.")
     audio: Path | None = _field("media", "Speech or music.")
     camera: str | None = _field("media", 'Camera moves, such as "pan left" or "static 1s; dolly in", or a pose file.')
     video: Path | None = _field(
