@@ -52,7 +52,7 @@ def build(dtype: torch.dtype, text_tokens: int) -> tuple[Callable[[], Tensor], C
     text = torch.randn(text_tokens, CONFIG.dim)
     text_BSD, bias_1S = pad_texts((text,), 512)
     full_BSD = torch.nn.functional.pad(text, (0, 0, 0, 512 - text_tokens))[None].to(dtype)
-    context = Context((ours.cross_attn.project(text_BSD, None),), bias_1S)
+    context = Context((ours.cross_attn.project(text_BSD),), bias_1S)
     complex_dtype = torch.complex128 if dtype == torch.float32 else torch.complex64
     rope_LK = rope_table(GRID, CONFIG.head_dim, dtype=complex_dtype, device=torch.device("cpu"))
     stream = Stream(tokens_BLD, modulation_BR6D[:, :, 0], modulation_BR6D, (tokens_BLD.shape[1],), rope_LK, GRID, sdpa)

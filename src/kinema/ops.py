@@ -24,7 +24,7 @@ from kinema.models.wan import WanDiT
 from kinema.models.wan_vae import WanVAE
 from kinema.sampling.denoiser import Branch
 from kinema.schema import Expert, Plan, PlanStep
-from kinema.tensors import Conditions
+from kinema.tensors import Conditions, on_device
 from kinema.weights.files import open_tensors
 from kinema.weights.lora.attach import set_strengths
 
@@ -88,10 +88,14 @@ class Velocity:
         return [model(x_BCFhw, timesteps, context) for context in contexts]
 
     def _prepared(self, model: DiT, branches: Sequence[Branch]) -> tuple[Any, ...]:
-        """The context of each branch: what is new is prepared together, so that weights are brought once."""
-        new = [branch for branch in branches if branch not in self._contexts]
-        made = model.prepare_branches([self._conditions[branch].to(self._device) for branch in new]) if new else ()
-        self._contexts.update(zip(new, made, strict=True))
+        """The context of each branch: all prepared together, so that weights are brought, and what is alike held, once.
+
+        They are prepared again where one joins those that were asked for before.
+        """
+        if not self._contexts.keys() >= set(branches):
+            self._contexts, self.last = {}, None
+            told = on_device([self._conditions[branch] for branch in branches], self._device)
+            self._contexts = dict(zip(branches, model.prepare_branches(told), strict=True))
         return tuple(self._contexts[branch] for branch in branches)
 
     def _model(self, step: PlanStep) -> DiT:

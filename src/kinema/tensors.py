@@ -6,9 +6,9 @@ S text tokens, V vision tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,18 +120,30 @@ class Conditions:
     flux: FluxConditions | None = None
 
     def to(self, device: torch.device | str) -> Conditions:
-        return cast(Conditions, _moved(self, device))
+        return on_device((self,), device)[0]
 
 
-def _moved(value: Any, device: torch.device | str) -> Any:
-    """The same value with every tensor in it on `device`."""
+def on_device(branches: Sequence[Conditions], device: torch.device | str) -> list[Conditions]:
+    """Return conditions with every tensor on `device`; what is one object in several of them is one there too."""
+    there: dict[int, Any] = {}
+    return [_moved(conditions, device, there) for conditions in branches]
+
+
+def _moved(value: Any, device: torch.device | str, there: dict[int, Any]) -> Any:
+    """The same value with every tensor in it on `device`; `there`: what is already, by the id of what it was."""
+    if id(value) in there:
+        return there[id(value)]
+    moved = value
     if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_moved(item, device) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{item.name: _moved(getattr(value, item.name), device) for item in fields(value)})
-    return value
+        moved = value.to(device)
+    elif isinstance(value, tuple):
+        moved = tuple(_moved(item, device, there) for item in value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        moved = replace(
+            value, **{item.name: _moved(getattr(value, item.name), device, there) for item in fields(value)}
+        )
+    there[id(value)] = moved
+    return moved
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ def prepare_as_golden(model: WanDiT, conditions: Conditions) -> Context:
     padded = [F.pad(text, (0, 0, 0, model.config.text_len - len(text))) for text in conditions.text]
     rows = torch.cat([model.img_emb(conditions.clip_BVD), model.text_embedding(torch.stack(padded))], dim=1)
     cut = rows.shape[1] - 512
-    kv = tuple(block.cross_attn.project(rows[:, cut:], rows[:, :cut]) for block in model.blocks)
+    crosses = [block.cross_attn for block in model.blocks]
+    kv = tuple((*cross.project(rows[:, cut:]), *cross.project_clip(rows[:, :cut])) for cross in crosses)
     return Context(kv, None, conditions.concat_BCFhw)
 
 
@@ -148,7 +149,7 @@ def test_merged_padding_is_all_padding():
             context = long.prepare(Conditions(texts))
             padded = torch.stack([F.pad(text, (0, 0, 0, 512 - len(text))) for text in texts])
             embedded = long.text_embedding(padded)
-            whole = Context(tuple(block.cross_attn.project(embedded, None) for block in long.blocks))
+            whole = Context(tuple(block.cross_attn.project(embedded) for block in long.blocks))
             assert_golden(long(x, timesteps, context), long(x, timesteps, whole), 3e-6)
         assert context.kv[0][0].shape[2] <= min(512, max(lengths) + 6)
 

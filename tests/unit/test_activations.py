@@ -123,7 +123,7 @@ def test_what_adapters_keep(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("branches", [1, 2])
 def test_a_dit_with_a_skeleton_and_faces(branches: int) -> None:
-    """Prepared skeletons stay, one a branch; what faces add after a block is not the fullest moment."""
+    """The prepared skeleton stays, one for all branches; what faces add after a block is not the fullest moment."""
     frames, rows, columns = 21, 60, 104
     tokens = frames * rows * columns // 4
     with torch.inference_mode(), torch.device("meta"):
@@ -138,12 +138,12 @@ def test_a_dit_with_a_skeleton_and_faces(branches: int) -> None:
         kv = tuple(block.project(torch.empty(1, frames, 5, 5120)) for block in adapter.blocks)
         x, timesteps = torch.empty(1, 16, frames, rows, columns), torch.empty(1)
         with Live() as live:
-            skeletons = [torch.empty(1, tokens * (frames - 1) // frames, 5120) for _ in range(branches)]
-            states = [((adapter, AnimateState(skeleton, kv)),) for skeleton in skeletons]
-            dit(x, timesteps, *(dataclasses.replace(context, adapters=state) for state in states))
+            skeleton = torch.empty(1, tokens * (frames - 1) // frames, 5120)
+            told = dataclasses.replace(context, adapters=((adapter, AnimateState(skeleton, kv)),))
+            dit(x, timesteps, *[told] * branches)
     known = dataclasses.asdict(config)
     predicted = activations.dit_bytes(known, tokens, 0, 2, branches=branches)
-    predicted += branches * activations.adapter_bytes(known, tokens, 2)
+    predicted += activations.adapter_bytes(known, tokens, 2)
     assert predicted == pytest.approx(live.peak, rel=0.06)
 
 
@@ -181,9 +181,9 @@ GIVEN: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize(("branches", "parts"), [(1, 1), (1, 4), (2, 1)])
 @pytest.mark.parametrize("adapter", GIVEN)
-def test_dit_with_what_adapters_add_and_keep(adapter: str, parts: int) -> None:
+def test_dit_with_what_adapters_add_and_keep(adapter: str, branches: int, parts: int) -> None:
     structure, given = GIVEN[adapter]
     with torch.inference_mode(), torch.device("meta"):
         config = WanConfig(
@@ -197,15 +197,18 @@ def test_dit_with_what_adapters_add_and_keep(adapter: str, parts: int) -> None:
             parameter.data = parameter.data.to(torch.float32 if stays_float32(name) else torch.bfloat16)
         conditions, x = Conditions((torch.empty(40, 512),), **given()), torch.empty(1, 16, F_, H_, W_)
         with Live() as live:
-            context = dit.prepare(conditions)
+            negative = dataclasses.replace(conditions, text=(torch.empty(40, 512),))
+            contexts = dit.prepare_branches([conditions, negative][:branches])
             kept, live.peak = live.now, live.now
-            stream = dit._enter(x, torch.empty(1), context)
+            stream = dit._enter(x, torch.empty(1), contexts[0])
             assert stream.tokens_BLD.shape[1] == tokens
             timesteps = len(stream.segments)
             del stream
-            dit(x, torch.empty(1), context)
-    rows = context.kv[0][0].shape[2]
-    predicted = activations.dit_bytes(fields, tokens, rows, 2, ffn_tokens=dit.ffn_tokens, timesteps=timesteps)
+            dit(x, torch.empty(1), *contexts)
+    rows = sum(context.kv[0][0].shape[2] for context in contexts)
+    predicted = activations.dit_bytes(
+        fields, tokens, rows, 2, branches=branches, ffn_tokens=dit.ffn_tokens, timesteps=timesteps
+    )
     predicted += activations.adapter_bytes(fields, tokens, 2)
     assert predicted == pytest.approx(live.peak, rel=0.06), f"{kept / 1e9:.2f} GB kept"
 

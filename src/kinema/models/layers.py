@@ -8,7 +8,7 @@ Shape letters: B batch, L tokens, S text tokens, D width, N heads, K head dim, R
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """attention(q_BNLK, k_BNLK, v_BNLK) -> BNLK: softmax(q k^T / sqrt(K)) v, in the inputs' dtype."""
 
+Made = TypeVar("Made")
 State = TypeVar("State")
 
 
@@ -36,6 +37,21 @@ def run_in_order(blocks: Iterable[nn.Module], step: Callable[[nn.Module, int, St
     for index, block in enumerate(blocks):
         state = step(block, index, state)
     return state
+
+
+def map_once(make: Callable[..., Made], *given: Sequence[Any]) -> list[Made]:
+    """Return what map(make, *given) yields; arguments that are the same objects as before get the same result as then.
+
+    So what guidance branches share is computed, and held, once; no model has to know what that is.
+    """
+    made: dict[tuple[int, ...], Made] = {}
+    found = []
+    for arguments in zip(*given, strict=True):
+        key = tuple(map(id, arguments))
+        if key not in made:
+            made[key] = make(*arguments)
+        found.append(made[key])
+    return found
 
 
 HELD_AS = "held_as"

@@ -10,7 +10,7 @@ Parity: tests/parity/test_wan_dit.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from kinema.models.adapters.motion import blur_kernel
 from kinema.models.adapters.reference import Reference
 from kinema.models.adapters.speech import Speech
 from kinema.models.adapters.vace import Vace
-from kinema.models.layers import Attention, Linear, RunBlocks, finest, rope_at, run_in_order, sdpa, sinusoid
-from kinema.models.wan_blocks import Block, ClipEmbedding, Context, Head, Stream, pad_texts
+from kinema.models.layers import Attention, Linear, RunBlocks, finest, map_once, rope_at, run_in_order, sdpa, sinusoid
+from kinema.models.wan_blocks import Block, BlockKV, ClipEmbedding, Context, Head, Rows, Stream, pad_texts
 from kinema.models.wan_config import ADAPTER_CONFIGS, PATCH, WanConfig
 from kinema.tensors import Conditions
 
@@ -65,10 +65,6 @@ def stays_float32(key: str) -> bool:
 def constant(key: str) -> Tensor | None:
     """Return the value of a tensor that never varies, so that a file may leave it out; None for all others."""
     return blur_kernel() if key.startswith("motion_encoder.") and key.endswith(".kernel") else None
-
-
-BlockKV = tuple[tuple[Tensor, ...], ...]
-"""Of each block, what its cross-attention attends to: see `Context.kv`."""
 
 
 class WanDiT(nn.Module):
@@ -124,53 +120,67 @@ class WanDiT(nn.Module):
         return context
 
     def prepare_branches(self, branches: Sequence[Conditions]) -> list[Context]:
-        """Return what `prepare` returns of each guidance branch; all pass a block before the next one's turn."""
-        rows = [self._rows(conditions) for conditions in branches]
-        kvs = self.project(self.blocks, [(text_BSD, clip_BVD) for text_BSD, _, clip_BVD in rows])
+        """Return what `prepare` returns of each guidance branch; all pass a block before the next one's turn.
+
+        What branches are told by the same objects is prepared once, and their contexts share it.
+        """
+        for conditions in branches:
+            self._check(conditions)
+        rows = self.embed_texts(branches)
+        kvs = self.project(self.blocks, rows)
+        states = [(adapter, self._states(adapter, branches, rows)) for adapter in self.adapters]
         return [
-            self._context(conditions, kv, bias_1S)
-            for conditions, kv, (_, bias_1S, _) in zip(branches, kvs, rows, strict=True)
+            Context(
+                kv,
+                bias_1S,
+                conditions.concat_BCFhw,
+                clean_frames=0 if conditions.clean_BCFhw is None else conditions.clean_BCFhw.shape[2],
+                positions=conditions.positions,
+                adapters=tuple((adapter, made[index]) for adapter, made in states if made[index] is not None),
+                motion_B6D=conditions.motion_B6D,
+            )
+            for index, (conditions, kv, (_, bias_1S, _)) in enumerate(zip(branches, kvs, rows, strict=True))
         ]
 
-    def _rows(self, conditions: Conditions) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _check(self, conditions: Conditions) -> None:
+        config = self.config
         for name in ADAPTER_CONFIGS:
-            if getattr(conditions, name) is not None and getattr(self.config, name) is None:
+            if getattr(conditions, name) is not None and getattr(config, name) is None:
                 raise ValueError(f"this DiT takes no {name} conditions")
-        return self.embed_texts(conditions)
+        if config.speech is not None and conditions.speech is None:
+            raise ValueError("this DiT needs speech conditions: sound and a reference image")
+        if config.has_clip_tokens != (conditions.clip_BVD is not None):
+            raise ValueError(f"this DiT {'needs' if config.has_clip_tokens else 'takes no'} CLIP tokens")
 
-    def _context(self, conditions: Conditions, kv: BlockKV, bias_1S: Tensor | None) -> Context:
-        clean = conditions.clean_BCFhw
-        states = ((adapter, adapter.prepare(self, conditions)) for adapter in self.adapters)
-        return Context(
-            kv,
-            bias_1S,
-            conditions.concat_BCFhw,
-            clean_frames=0 if clean is None else clean.shape[2],
-            positions=conditions.positions,
-            adapters=tuple((adapter, state) for adapter, state in states if state is not None),
-            motion_B6D=conditions.motion_B6D,
-        )
+    def _states(self, adapter: Adapter, branches: Sequence[Conditions], rows: Sequence[Rows]) -> list[Any]:
+        """What the adapter prepared of each branch, None of those that do not ask for it."""
+        told = [getattr(conditions, adapter.field) for conditions in branches]
+        asking = [index for index, given in enumerate(told) if given is not None]
+        made = adapter.prepare(self, [told[i] for i in asking], [rows[i] for i in asking]) if asking else ()
+        states = dict(zip(asking, made, strict=True))
+        return [states.get(index) for index in range(len(branches))]
 
-    def project(self, blocks: Iterable[nn.Module], branches: Sequence[tuple[Tensor, Tensor | None]]) -> list[BlockKV]:
-        """Return the keys and values of these blocks for (text_BSD, clip_BVD) of each branch, as `embed_texts` made."""
+    def project(self, blocks: Iterable[nn.Module], branches: Sequence[Rows]) -> list[BlockKV]:
+        """Return the keys and values of these blocks for the rows of each branch, as `embed_texts` made."""
 
         def step(block: nn.Module, _: int, kvs: list[BlockKV]) -> list[BlockKV]:
             cross = cast(Block, block).cross_attn
-            return [(*kv, cross.project(*rows)) for kv, rows in zip(kvs, branches, strict=True)]
+            seen = map_once(cross.project_clip, [clip_BVD for _, _, clip_BVD in branches])
+            read = [cross.project(text_BSD) for text_BSD, _, _ in branches]
+            return [(*kv, (*text, *clip)) for kv, text, clip in zip(kvs, read, seen, strict=True)]
 
         return self.run_blocks(blocks, step, [() for _ in branches])
 
-    def embed_texts(self, conditions: Conditions) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return rows that blocks attend to, as wide as the model: text_BSD, its attention bias_1S, and clip_BVD.
+    def embed_texts(self, branches: Sequence[Conditions]) -> list[Rows]:
+        """Return of each branch the rows that blocks attend to.
 
         Texts are padded with zeros to `text_len` rows before `text_embedding`, and all rows are attended: the weights
         were trained so.
         """
-        config, clip_BVD = self.config, conditions.clip_BVD
-        if config.has_clip_tokens != (clip_BVD is not None):
-            raise ValueError(f"this DiT {'needs' if config.has_clip_tokens else 'takes no'} CLIP tokens")
-        text_BSD, bias_1S = pad_texts(conditions.text, config.text_len)
-        return self.text_embedding(text_BSD), bias_1S, None if clip_BVD is None else self.img_emb(clip_BVD)
+        images = [conditions.clip_BVD for conditions in branches]
+        clips = map_once(lambda clip_BVD: None if clip_BVD is None else self.img_emb(clip_BVD), images)
+        texts = (pad_texts(conditions.text, self.config.text_len) for conditions in branches)
+        return [(self.text_embedding(text), bias_1S, clip) for (text, bias_1S), clip in zip(texts, clips, strict=True)]
 
     def embed(self, x_BCFhw: Tensor, timesteps_BR: Tensor, segments: tuple[int, ...], context: Context) -> Stream:
         """Return latents as tokens, with the modulation rows of their timesteps.

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from kinema.models.adapters.adapter import Adapter
 
 
+BlockKV = tuple[tuple[Tensor, ...], ...]
+"""Of each block, keys and values that its cross-attention attends to."""
+
+Rows = tuple[Tensor, Tensor | None, Tensor | None]
+"""Of one guidance branch, as wide as the model: text_BSD, its attention bias_1S, and clip_BVD; see `Context`."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What stays constant over the steps of one request, expert and guidance branch. Made by `WanDiT.prepare`.
@@ -38,7 +45,7 @@ class Context:
                    such as another video's, kept from its one pass through the network; empty: none.
     """
 
-    kv: tuple[tuple[Tensor, ...], ...]
+    kv: BlockKV
     text_bias_1S: Tensor | None = None
     concat_BCFhw: Tensor | None = None
     clean_frames: int = 0
@@ -127,11 +134,15 @@ class CrossAttention(Projections):
             self.v_img = Linear(config.dim, config.dim)
             self.norm_k_img = RMSNorm(config.dim, config.eps)
 
-    def project(self, text_BSD: Tensor, clip_BVD: Tensor | None) -> tuple[Tensor, ...]:
-        """Return keys and values of the text, then of the CLIP tokens if there are any, split into heads."""
-        rows = [self.norm_k(self.k(text_BSD)), self.v(text_BSD)]
-        if clip_BVD is not None:
-            rows += [self.norm_k_img(self.k_img(clip_BVD)), self.v_img(clip_BVD)]
+    def project(self, text_BSD: Tensor) -> tuple[Tensor, ...]:
+        """Return keys and values of the text, split into heads."""
+        return self._heads(self.norm_k(self.k(text_BSD)), self.v(text_BSD))
+
+    def project_clip(self, clip_BVD: Tensor | None) -> tuple[Tensor, ...]:
+        """Return keys and values of the CLIP tokens, if there are any, split into heads."""
+        return () if clip_BVD is None else self._heads(self.norm_k_img(self.k_img(clip_BVD)), self.v_img(clip_BVD))
+
+    def _heads(self, *rows: Tensor) -> tuple[Tensor, ...]:
         return tuple(row.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for row in rows)
 
     def forward(self, x_BLD: Tensor, context: Context, index: int) -> Tensor:

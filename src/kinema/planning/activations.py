@@ -59,7 +59,7 @@ def dit_bytes(
 
 
 def adapter_bytes(config: Config, tokens: int, dtype_bytes: int) -> float:
-    """Return bytes of what adapters make once for each branch of guidance and keep over its steps: rows of tokens."""
+    """Return bytes of what adapters make once for all guidance branches and keep over the steps: rows of tokens."""
     kept = {"vace": 4, "camera": dtype_bytes, "animate": 4, "speech": 4}
     return float(tokens * config["dim"] * sum(size for name, size in kept.items() if config.get(name)))
 

@@ -273,12 +273,12 @@ def _dit(plan: Plan, ref: ModelRef) -> float:
     seen = max(1, sum(image.clip for image in plan.images)) if plan.clip_vision else 0
     rows = _rows(plan, plan.prompt) + (_rows(plan, plan.negative) if branches == 2 else 0)
     taken = activations.dit_bytes(
-        ref.config, plan.tokens, rows + branches * seen * CLIP_TOKENS, BYTES[ref.dtype],
+        ref.config, plan.tokens, rows + seen * CLIP_TOKENS, BYTES[ref.dtype],
         branches=together, ffn_tokens=ref.ffn_tokens,
         timesteps=2 if plan.first_frame == "overwrite" or ref.config.get("speech") else 1,
     )  # fmt: skip
     posed = plan.speech is None or plan.speech.pose is not None
-    taken += branches * activations.adapter_bytes(ref.config, plan.tokens, BYTES[ref.dtype]) * posed
+    taken += activations.adapter_bytes(ref.config, plan.tokens, BYTES[ref.dtype]) * posed
     if ref.config.get("animate"):  # faces are read before the first step
         taken = max(taken, activations.face_bytes(ref.config["animate"], plan.clips[0].frames))
     return taken * _workspace(plan) + unpacking_bytes(ref, ref.ffn_tokens or plan.tokens)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from kinema.models.wan_blocks import Context, Stream
-from kinema.tensors import Conditions
+from kinema.models.wan_blocks import Context, Rows, Stream
 
 if TYPE_CHECKING:
     from kinema.models.wan import WanDiT
@@ -21,8 +20,15 @@ class Adapter(nn.Module):
     keeps nothing between calls; `state` is whatever its own `prepare` returned.
     """
 
-    def prepare(self, model: WanDiT, conditions: Conditions) -> Any | None:
-        """Return all that is constant over the steps of a request, or None where it does not ask for this adapter."""
+    field: str
+    """Of Conditions: what this adapter is told."""
+
+    def prepare(self, model: WanDiT, told: Sequence[Any], rows: Sequence[Rows]) -> Sequence[Any]:
+        """Return all that is constant over the steps of a request, of each guidance branch that asks for this adapter.
+
+        told   what each is told; `layers.map_once` finds what is the same object in several.
+        rows   the text and CLIP rows of each.
+        """
         raise NotImplementedError
 
     def embed(self, model: WanDiT, stream: Stream, state: Any) -> Stream:

@@ -6,7 +6,7 @@ Parity: tests/parity/test_animate.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from kinema.models.adapters.adapter import Adapter
 from kinema.models.adapters.motion import FaceEncoder, MotionEncoder
-from kinema.models.layers import LayerNorm, Linear, RMSNorm
-from kinema.models.wan_blocks import Context, Stream
+from kinema.models.layers import LayerNorm, Linear, RMSNorm, map_once
+from kinema.models.wan_blocks import Context, Rows, Stream
 from kinema.models.wan_config import PATCH, WanConfig
-from kinema.tensors import AnimateConditions, Conditions
+from kinema.tensors import AnimateConditions
 
 if TYPE_CHECKING:
     from kinema.models.wan import WanDiT
@@ -66,6 +66,8 @@ class AnimateState:
 
 
 class Animate(Adapter):
+    field = "animate"
+
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         animate = config.animate
@@ -77,17 +79,20 @@ class Animate(Adapter):
         blocks = (FuserBlock(config) for _ in range(config.num_layers // animate.interval))
         self.face_adapter = nn.ModuleDict({"fuser_blocks": nn.ModuleList(blocks)})
 
-    def prepare(self, model: WanDiT, conditions: Conditions) -> AnimateState | None:
-        given = conditions.animate
-        if given is None:
-            return None
-        pose = self.pose_patch_embedding(given.pose_BCFhw.to(self.pose_patch_embedding.weight.dtype))
-        faces_BFSD = self.face_tokens(given)
+    def prepare(self, model: WanDiT, told: Sequence[AnimateConditions], rows: Sequence[Rows]) -> list[AnimateState]:
+        poses = map_once(self._pose, [given.pose_BCFhw for given in told])
+        faces = map_once(self.face_tokens, told)
 
-        def project(block: nn.Module, _: int, kv: FaceKV) -> FaceKV:
-            return (*kv, cast(FuserBlock, block).project(faces_BFSD))
+        def project(block: nn.Module, _: int, kvs: list[FaceKV]) -> list[FaceKV]:
+            made = map_once(cast(FuserBlock, block).project, faces)
+            return [(*kv, pair) for kv, pair in zip(kvs, made, strict=True)]
 
-        return AnimateState(pose.flatten(2).transpose(1, 2).float(), model.run_blocks(self.blocks, project, ()))
+        kvs: list[FaceKV] = model.run_blocks(self.blocks, project, [() for _ in told])
+        return list(map(AnimateState, poses, kvs))
+
+    def _pose(self, pose_BCFhw: Tensor) -> Tensor:
+        pose: Tensor = self.pose_patch_embedding(pose_BCFhw.to(self.pose_patch_embedding.weight.dtype))
+        return pose.flatten(2).transpose(1, 2).float()
 
     def face_tokens(self, given: AnimateConditions) -> Tensor:
         """Return face tokens [B, F, S, D]: zeros for the reference's latent frame, then those of the video's."""

@@ -6,6 +6,7 @@ Parity: tests/parity/test_wan_adapters.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.models.adapters.adapter import Adapter
-from kinema.models.wan_blocks import Stream
+from kinema.models.layers import map_once
+from kinema.models.wan_blocks import Rows, Stream
 from kinema.models.wan_config import PATCH, CameraConfig, WanConfig
-from kinema.tensors import Conditions
+from kinema.tensors import CameraConditions
 
 if TYPE_CHECKING:
     from kinema.models.wan import WanDiT
@@ -50,15 +52,18 @@ class CameraEmbedding(nn.Module):
 
 
 class Camera(Adapter):
+    field = "camera"
+
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         assert config.camera is not None
         self.control_adapter = CameraEmbedding(config.camera, config.dim)
 
-    def prepare(self, model: WanDiT, conditions: Conditions) -> Tensor | None:
-        if conditions.camera is None:
-            return None
-        return torch.cat([self.control_adapter(frame_BCHW) for frame_BCHW in conditions.camera.frames], dim=1)
+    def prepare(self, model: WanDiT, told: Sequence[CameraConditions], rows: Sequence[Rows]) -> list[Tensor]:
+        return map_once(self._tokens, told)
+
+    def _tokens(self, told: CameraConditions) -> Tensor:
+        return torch.cat([self.control_adapter(frame_BCHW) for frame_BCHW in told.frames], dim=1)
 
     def embed(self, model: WanDiT, stream: Stream, state: Tensor) -> Stream:
         if state.shape[1] != stream.tokens_BLD.shape[1]:

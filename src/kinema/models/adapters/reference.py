@@ -6,6 +6,7 @@ Parity: tests/parity/test_wan_adapters.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from kinema.models.adapters.adapter import Adapter
-from kinema.models.layers import rope_table
-from kinema.models.wan_blocks import Stream
+from kinema.models.layers import map_once, rope_table
+from kinema.models.wan_blocks import Rows, Stream
 from kinema.models.wan_config import PATCH, WanConfig
-from kinema.tensors import Conditions
+from kinema.tensors import ReferenceConditions
 
 if TYPE_CHECKING:
     from kinema.models.wan import WanDiT
@@ -25,15 +26,18 @@ if TYPE_CHECKING:
 class Reference(Adapter):
     """The reference takes the place of latent frame 0 in rotary positions; the video's frames follow from 1."""
 
+    field = "reference"
+
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         assert config.reference is not None
         self.ref_conv = nn.Conv2d(config.reference.in_channels, config.dim, kernel_size=PATCH[1:], stride=PATCH[1:])
 
-    def prepare(self, model: WanDiT, conditions: Conditions) -> Tensor | None:
-        if conditions.reference is None:
-            return None
-        cells: Tensor = self.ref_conv(conditions.reference.latent_BChw.to(self.ref_conv.weight.dtype))
+    def prepare(self, model: WanDiT, told: Sequence[ReferenceConditions], rows: Sequence[Rows]) -> list[Tensor]:
+        return map_once(self._tokens, told)
+
+    def _tokens(self, told: ReferenceConditions) -> Tensor:
+        cells: Tensor = self.ref_conv(told.latent_BChw.to(self.ref_conv.weight.dtype))
         return cells.flatten(2).transpose(1, 2).float()
 
     def embed(self, model: WanDiT, stream: Stream, state: Tensor) -> Stream:

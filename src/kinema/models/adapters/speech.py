@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -18,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.models.adapters.adapter import Adapter
-from kinema.models.layers import LayerNorm, Linear, finest, rope_at, sinusoid
-from kinema.models.wan_blocks import Context, CrossAttention, Stream
+from kinema.models.layers import LayerNorm, Linear, finest, map_once, rope_at, sinusoid
+from kinema.models.wan_blocks import BlockKV, Context, CrossAttention, Rows, Stream
 from kinema.models.wan_config import PATCH, SpeechConfig, WanConfig
-from kinema.tensors import Conditions, SpeechConditions
+from kinema.tensors import SpeechConditions
 
 if TYPE_CHECKING:
     from kinema.models.wan import WanDiT
@@ -197,6 +198,8 @@ class SpeechState:
 
 
 class Speech(Adapter):
+    field = "speech"
+
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         assert config.speech is not None
@@ -208,28 +211,38 @@ class Speech(Adapter):
         self.audio_injector = AudioInjector(config, len(speech.layers))
         self.frame_packer = FramePacker(config.out_channels, dim)
 
-    def prepare(self, model: WanDiT, conditions: Conditions) -> SpeechState:
-        given = conditions.speech
-        if given is None:
-            raise ValueError("this DiT needs speech conditions: sound and a reference image")
-        context, scales = self._sound(given)
+    def prepare(self, model: WanDiT, told: Sequence[SpeechConditions], rows: Sequence[Rows]) -> list[SpeechState]:
+        sounds = map_once(self._sound, told)
+        local = [local_XND for local_XND, _ in sounds]
+
+        def project(injector: nn.Module, _: int, kvs: list[BlockKV]) -> list[BlockKV]:
+            made = map_once(cast(CrossAttention, injector).project, local)
+            return [(*kv, pair) for kv, pair in zip(kvs, made, strict=True)]
+
+        kvs: list[BlockKV] = model.run_blocks(self.audio_injector.injector, project, [() for _ in told])
+        poses = map_once(self._pose, [given.pose_BCFhw for given in told])
+        before = [given.motion_BCFhw for given in told]
+        extras = map_once(partial(self._extra, model), [given.reference_BCFhw for given in told], before)
+        time_BRD = model.time_embedding(sinusoid(poses[0].new_zeros(1, 1), model.config.freq_dim)).float()
+        modulation_BR6D = model.time_projection(time_BRD).float().unflatten(-1, (6, model.config.dim))
+        return [
+            SpeechState(Context(kv), scales, pose_BLD, *extra, time_BRD, modulation_BR6D)
+            for kv, (_, scales), pose_BLD, extra in zip(kvs, sounds, poses, extras, strict=True)
+        ]
+
+    def _pose(self, pose_BCFhw: Tensor | None) -> Tensor:
+        """Rows for the video's tokens. Latents of zeros stand for no pose: of those the convolution leaves its bias."""
+        if pose_BCFhw is None:
+            pose_BCFhw = self.cond_encoder.weight.new_zeros(1, self.cond_encoder.in_channels, *PATCH)
+        return _tokens(self.cond_encoder, pose_BCFhw) + self.trainable_cond_mask.weight.float()[VIDEO]
+
+    def _extra(self, model: WanDiT, reference_BCFhw: Tensor, motion_BCFhw: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens of reference and motion, and their positions."""
         marks = self.trainable_cond_mask.weight.float()
-        # Latents of zeros stand for no pose video, and of those the convolution leaves its bias alone.
-        no_pose = given.reference_BCFhw.new_zeros(1, self.cond_encoder.in_channels, 1, PATCH[1], PATCH[2])
-        pose = _tokens(self.cond_encoder, no_pose if given.pose_BCFhw is None else given.pose_BCFhw)
-        extra = [_tokens(model.patch_embedding, given.reference_BCFhw) + marks[REFERENCE]]
-        if given.motion_BCFhw is not None:
-            extra.append(self.frame_packer(given.motion_BCFhw) + marks[MOTION])
-        time_BRD = model.time_embedding(sinusoid(pose.new_zeros(1, 1), model.config.freq_dim)).float()
-        return SpeechState(
-            audio=context,
-            scales=scales,
-            pose_BLD=pose + marks[VIDEO],
-            extra_BLD=torch.cat(extra, dim=1),
-            rope_LK=self._rope(model, given),
-            time_BRD=time_BRD,
-            modulation_BR6D=model.time_projection(time_BRD).float().unflatten(-1, (6, model.config.dim)),
-        )
+        extra = [_tokens(model.patch_embedding, reference_BCFhw) + marks[REFERENCE]]
+        if motion_BCFhw is not None:
+            extra.append(self.frame_packer(motion_BCFhw) + marks[MOTION])
+        return torch.cat(extra, dim=1), self._rope(model, reference_BCFhw, motion_BCFhw is not None)
 
     def embed(self, model: WanDiT, stream: Stream, state: SpeechState) -> Stream:
         batch, extra = len(stream.tokens_BLD), state.extra_BLD.shape[1]
@@ -262,28 +275,25 @@ class Speech(Adapter):
         place = self.places.get(index)
         return () if place is None else (self.audio_injector.injector[place],)
 
-    def _sound(self, given: SpeechConditions) -> tuple[Context, tuple[tuple[Tensor, Tensor], ...]]:
-        """Keys and values, and scales, of every injector. The clip's first sound stands for all before it."""
+    def _sound(self, given: SpeechConditions) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
+        """Rows that injectors attend to, and the scales of each. The clip's first sound stands for all before it."""
         audio_BLDT = given.audio_BLDT.float()
         history = 4 * given.history_frames - 3
         before = audio_BLDT[..., :1].expand(-1, -1, -1, history)
         local_BFND, global_BFD = self.casual_audio_encoder(torch.cat([before, audio_BLDT], dim=-1))
         local_XND = local_BFND[:, given.history_frames :].flatten(0, 1)
         global_BFD = global_BFD[:, given.history_frames :]
-        kv = tuple(injector.project(local_XND, None) for injector in self._injectors())
-        return Context(kv), tuple(scale(global_BFD) for scale in self.audio_injector.injector_adain_layers)
+        return local_XND, tuple(scale(global_BFD) for scale in self.audio_injector.injector_adain_layers)
 
-    def _injectors(self) -> Iterable[CrossAttention]:
-        yield from self.audio_injector.injector  # type: ignore[misc]
-
-    def _rope(self, model: WanDiT, given: SpeechConditions) -> Tensor:
-        rows, columns = given.reference_BCFhw.shape[3] // PATCH[1], given.reference_BCFhw.shape[4] // PATCH[2]
+    @staticmethod
+    def _rope(model: WanDiT, reference_BCFhw: Tensor, motion: bool) -> Tensor:
+        rows, columns = reference_BCFhw.shape[3] // PATCH[1], reference_BCFhw.shape[4] // PATCH[2]
         places: list[tuple[Sequence[int], Sequence[int], Sequence[int]]] = [
             ([REFERENCE_TIME], range(rows), range(columns))
         ]
-        if given.motion_BCFhw is not None:
+        if motion:
             places += motion_positions(rows, columns)
-        device = given.reference_BCFhw.device
+        device = reference_BCFhw.device
         dtype = finest(device).to_complex()
         return torch.cat([rope_at(place, model.config.head_dim, dtype=dtype, device=device) for place in places])
 

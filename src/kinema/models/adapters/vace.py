@@ -5,18 +5,19 @@ Source: Wan-Video/Wan2.1 wan/modules/vace_model.py (Apache-2.0). Parity: tests/p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from kinema.models.adapters.adapter import Adapter
-from kinema.models.layers import Linear
-from kinema.models.wan_blocks import Block, Context, Stream
+from kinema.models.layers import Linear, map_once
+from kinema.models.wan_blocks import Block, Context, Rows, Stream
 from kinema.models.wan_config import PATCH, WanConfig
-from kinema.tensors import Conditions
+from kinema.tensors import VaceConditions
 
 if TYPE_CHECKING:
     from kinema.models.wan import WanDiT
@@ -48,6 +49,8 @@ class Vace(Adapter):
     embedded input, so only one output has to exist at a time.
     """
 
+    field = "vace"
+
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         assert config.vace is not None
@@ -55,20 +58,22 @@ class Vace(Adapter):
         self.vace_patch_embedding = nn.Conv3d(config.vace.in_channels, config.dim, kernel_size=PATCH, stride=PATCH)
         self.vace_blocks = nn.ModuleList(VaceBlock(config, first=n == 0) for n in range(len(self.layers)))
 
-    def prepare(self, model: WanDiT, conditions: Conditions) -> VaceState | None:
-        if conditions.vace is None:
-            return None
-        context_BCFhw = conditions.vace.context_BCFhw.to(self.vace_patch_embedding.weight.dtype)
+    def prepare(self, model: WanDiT, told: Sequence[VaceConditions], rows: Sequence[Rows]) -> list[VaceState]:
+        tokens = map_once(partial(self._tokens, model), [given.context_BCFhw for given in told])
+        parts = zip(tokens, model.project(self.blocks, rows), rows, told, strict=True)
+        return [
+            VaceState(tokens_BLD, Context(kv, bias_1S), given.scale) for tokens_BLD, kv, (_, bias_1S, _), given in parts
+        ]
+
+    def _tokens(self, model: WanDiT, context_BCFhw: Tensor) -> Tensor:
+        context_BCFhw = context_BCFhw.to(self.vace_patch_embedding.weight.dtype)
         cells_BLD: Tensor = self.vace_patch_embedding(context_BCFhw).flatten(2).transpose(1, 2)
 
         def project(block: nn.Module, _: int, cells_BLD: Tensor) -> Tensor:
             tokens_BLD: Tensor = cast(VaceBlock, block).before_proj(cells_BLD)
             return tokens_BLD.float()
 
-        tokens_BLD = model.run_blocks(self.blocks[:1], project, cells_BLD)
-        text_BSD, bias_1S, clip_BVD = model.embed_texts(conditions)
-        (kv,) = model.project(self.blocks, [(text_BSD, clip_BVD)])
-        return VaceState(tokens_BLD, Context(kv, bias_1S), conditions.vace.scale)
+        return model.run_blocks(self.blocks[:1], project, cells_BLD)
 
     def embed(self, model: WanDiT, stream: Stream, state: VaceState) -> Stream:
         if state.tokens_BLD.shape[1] != stream.tokens_BLD.shape[1]:
