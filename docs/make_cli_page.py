@@ -22,7 +22,7 @@ DOCS = Path(__file__).parent
 
 HEAD = """# Command line
 
-Made by `docs/make_cli_page.py` from the declarations in `schema/request.py` and `cli/app.py`; do not edit it by hand.
+Made by `docs/make_cli_page.py` from the declarations in `schema/request.py` and `cli/`; do not edit it by hand.
 
 """
 

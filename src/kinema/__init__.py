@@ -10,7 +10,7 @@ The fields of `Request` are the keyword arguments. Importing this loads no torch
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -76,9 +76,12 @@ def plan(*, settings: Settings | None = None, **fields: Any) -> Plan:
 
 
 def generate_all(*, settings: Settings | None = None, **fields: Any) -> list[Result]:
-    """Run a request given by its fields and return one Result a seed. Arguments and errors as of `plan`."""
+    """Run a request given by its fields and return one Result a seed. Arguments and errors as of `plan`.
+
+    Warns of what is found only on the way; what the plan noted is in `Result.plan.notes`.
+    """
     with _engine(settings) as engine:
-        return [event for event in engine.run(engine.plan(make_request(fields))) if isinstance(event, Result)]
+        return _results(engine.run(engine.plan(make_request(fields))))
 
 
 def generate_then(
@@ -93,7 +96,19 @@ def generate_then(
 
     with _engine(settings) as engine:
         chain = plan_chain(engine, make_request(first), then)
-        return [event for event in run_chain(engine, chain) if isinstance(event, Result)]
+        return _results(run_chain(engine, chain))
+
+
+def _results(events: Iterable[Event]) -> list[Result]:
+    """Run to the end and return the results; warn of what is noted on the way and stands in none of their plans."""
+    happened = [event for event in events if isinstance(event, Note | Result)]
+    results = [event for event in happened if isinstance(event, Result)]
+    carried = {note.text for result in results for note in result.plan.notes}
+    carried |= {lora.said for result in results for lora in result.plan.loras}
+    for event in happened:
+        if isinstance(event, Note) and event.text not in carried:
+            warnings.warn(event.text, stacklevel=3)
+    return results
 
 
 def control(kind: str, video: Path | str, **fields: Any) -> Path:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import kinema
 from animate_world import build_animate, driving_video, masks, moving, replacement
 from checkpoints import official_state
 from kinema.engine import Engine
@@ -123,6 +124,13 @@ def test_frames_without_anybody_are_told(engine: Engine, ask, tmp_path: Path):
         "empty in 5 of the 9 frames of clip 1: nobody is replaced there",
         "empty in 3 of the 3 frames of clip 2: nobody is replaced there",
     ]
+
+
+def test_python_warns_of_what_no_plan_knew(settings: Settings, ask, tmp_path: Path):
+    asked = ask("mask", "background", mask=masks(tmp_path / "m.mp4", FRAMES, empty=True), frames=5)
+    with pytest.warns(UserWarning, match="empty in 5 of the 5 frames") as warned:
+        result = kinema.generate(settings=settings, **asked.model_dump(exclude_unset=True))
+    assert not {str(one.message) for one in warned} & {note.text for note in result.plan.notes}
 
 
 @pytest.mark.parametrize("role", ["mask", "background"])

@@ -1,4 +1,4 @@
-"""The verbs, each a thin function of a Call, and the one place where errors become exit codes.
+"""What can be typed, as a table of commands, and the one place where errors become exit codes.
 
 What a verb may be asked is read from its signature and from schema.Request (see cli.flags).
 """
@@ -10,336 +10,22 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import cyclopts
-from cyclopts import App, Group, Parameter
+from cyclopts import App
 
-from kinema.cli import store
+from kinema.cli import loras, store, verbs
 from kinema.cli.flags import ALIASES, ELSEWHERE, Call, flag_names, parameters
-from kinema.cli.interrupt import EXIT_CODE, Interruption
-from kinema.cli.loras import lora_convert, lora_extract, lora_inspect, lora_merge
-from kinema.cli.tell import make_teller, told
-from kinema.errors import Cancelled, CatalogError, KinemaError, RequestError
-from kinema.request import make_request, merge, nearest
-from kinema.schema import Plan, Request
+from kinema.cli.interrupt import EXIT_CODE
+from kinema.cli.tell import make_teller
+from kinema.errors import Cancelled, KinemaError, RequestError
+from kinema.request import nearest
+from kinema.schema import Request
 from kinema.settings import PLACES, configure
 from kinema.version import VERSION
 
-if TYPE_CHECKING:
-    from kinema.engine import Engine
-
-DEMO_PROMPT = "a large yellow star moves right on a dark green background"
-DEMO_SEED = 1
-THEN_HELP = 'a model that goes on from the picture made, with options of its own: "wan2.2-i2v-a14b it runs --f 81"'
-
 Verb = Callable[..., int]
-
-MANY = Group("Many prompts", sort_key=9)
-
-
-def _switch(help: str, group: Group | None = None) -> Parameter:
-    return Parameter(help=help, group=group, negative=(), show_default=False)
-
-
-def generate(
-    call: Call,
-    *,
-    interactive: Annotated[bool, _switch("read prompt lines at a prompt; models stay loaded", MANY)] = False,
-    from_file: Annotated[
-        Path | None, _switch("a batch: .txt with options in its lines, .jsonl, .csv, or a folder of images", MANY)
-    ] = None,
-    fresh: Annotated[bool, _switch("with --from-file: forget its manifest, do every line again", MANY)] = False,
-    then: Annotated[str | None, _switch(THEN_HELP)] = None,
-    pull: Annotated[bool, _switch("fetch files of the model that are not installed")] = False,
-) -> int:
-    """Make videos or images."""
-    if then is not None and (interactive or from_file is not None):
-        raise RequestError(
-            "--then goes on from one request, not from many prompts",
-            "leave out --interactive and --from-file, or --then",
-            field="then",
-            got=then,
-        )
-    if interactive and from_file is not None:
-        raise RequestError(
-            f"--interactive and --from-file {from_file} both say where prompts come from",
-            "leave one out",
-            field="from_file",
-            got=str(from_file),
-        )
-    if fresh and from_file is None:
-        raise RequestError("--fresh belongs to a batch", "pass --from-file FILE as well", field="fresh", got=True)
-    fields = merge(call.configuration.defaults, call.fields)
-    request = make_request(fields)
-    if pull:
-        _pull_missing(request, call)
-    if not interactive and from_file is None:
-        return _generate(request, call) if then is None else _generate_chain(request, then, call)
-    from kinema.cli import sessions
-
-    with make_teller(call.json) as teller:
-        if interactive:
-            return sessions.interact(fields, call.configuration.settings, teller)
-        assert from_file is not None
-        return sessions.run_batch(from_file, fields, call.configuration.settings, teller, fresh=fresh)
-
-
-def plan(call: Call, *, then: Annotated[str | None, _switch(THEN_HELP)] = None) -> int:
-    """Show every decision of a run, without loading a weight."""
-    request = make_request(merge(call.configuration.defaults, call.fields))
-    from kinema.cli.plans import plan_text
-    from kinema.engine import Engine
-
-    with make_teller(call.json) as teller, Engine(call.configuration.settings) as engine:
-        plans = [engine.plan(request)] if then is None else _chain(engine, request, then)
-        for made in plans:
-            teller.show(plan_text(made), made.model_dump(mode="json"))
-    return 0
-
-
-def inspect_files(
-    call: Call,
-    *files: Annotated[Path, Parameter(name="FILE", help="weights, latents or outputs of Kinema", negative=())],
-) -> int:
-    """Say what files are: family, structure, dialect, dtype, parameters, likely role."""
-    from kinema.cli.inspection import inspect_file
-
-    if not files:
-        raise RequestError("no file to inspect", "type: kinema inspect FILE", field="FILE", got=None)
-    code = 0
-    with make_teller(call.json) as teller:
-        for file in files:
-            try:
-                teller.show(*inspect_file(file))
-            except KinemaError as error:
-                teller.error(error, str(file) if len(files) > 1 else "")
-                code = code or error.exit_code
-    return code
-
-
-def convert(
-    call: Call,
-    source: Annotated[Path, Parameter(name="IN", help="a checkpoint: file, folder, index or shard")],
-    target: Annotated[Path, Parameter(name="OUT", help="a .safetensors or .gguf file")],
-    /,
-    *,
-    to: Annotated[str | None, _switch("what the large matrices become; default: as they are")] = None,
-    names: Annotated[str | None, _switch("official, comfyui, diffusers, transformers or gguf names")] = None,
-) -> int:
-    """Write a checkpoint as another: other numbers, other names, another container; then read it back."""
-    from kinema.cli.inspection import converted_text
-    from kinema.weights.convert import convert as convert_file
-
-    overwrite = make_request(call.fields).overwrite
-    with make_teller(call.json) as teller, Interruption() as cancelled:
-        made = told(convert_file(source, target, to, names, overwrite=overwrite), teller, cancelled)
-        for note in made.notes:
-            teller.event(note)
-        teller.show(*converted_text(made))
-    return 0
-
-
-def doctor(call: Call) -> int:
-    """Say what this machine has: torch, devices, attention, codecs, memory, disk, settings, extras."""
-    from kinema.cli.doctor import examine
-
-    with make_teller(call.json) as teller:
-        teller.show(*examine(call.configuration))
-    return 0
-
-
-def replay(
-    call: Call,
-    file: Annotated[Path, Parameter(name="FILE", help="an output of Kinema, or the .json plan beside it")],
-    /,
-    *,
-    allow_changed: Annotated[bool, _switch("go on where a weight file is not the one of the plan")] = False,
-) -> int:
-    """Make an output again from the plan it carries, beside it as NAME-replay."""
-    from kinema.cli.replays import replay_plan
-    from kinema.engine import Engine
-
-    with (
-        make_teller(call.json) as teller,
-        Engine(call.configuration.settings) as engine,
-        Interruption() as cancelled,
-    ):
-        again = replay_plan(file, call.configuration.settings.cache, allow_changed=allow_changed)
-        for event in engine.run(again, cancelled=cancelled):
-            teller.event(event)
-    return 0
-
-
-def decode(
-    call: Call,
-    latents: Annotated[Path, Parameter(name="LATENTS", help="a latents file of Kinema, or a folder of finished clips")],
-    /,
-) -> int:
-    """Make the video of a latents file."""
-    request = make_request(call.fields)
-    from kinema.engine import Engine
-
-    with (
-        make_teller(call.json) as teller,
-        Engine(call.configuration.settings) as engine,
-        Interruption() as cancelled,
-    ):
-        for event in engine.decode(latents, request, cancelled=cancelled):
-            teller.event(event)
-    return 0
-
-
-def control(
-    call: Call,
-    kind: Annotated[str, Parameter(name="KIND", help="canny, scribble, depth or pose")],
-    video: Annotated[Path, Parameter(name="VIDEO", help="a clip, an animated image or a folder of frames")],
-    /,
-    *,
-    low: Annotated[float | None, _switch("canny: gradient from which an edge goes on; 100")] = None,
-    high: Annotated[float | None, _switch("canny: gradient from which an edge begins; 200")] = None,
-    threshold: Annotated[float | None, _switch("scribble: gradient from which an outline begins; 60")] = None,
-    weights: Annotated[Path | None, _switch("depth: folder of a Depth Anything V2 model")] = None,
-    detector: Annotated[Path | None, _switch("pose: yolov10m.onnx, which finds people")] = None,
-    points: Annotated[Path | None, _switch("pose: vitpose_h_wholebody.onnx, which finds their joints")] = None,
-) -> int:
-    """Make a control video of a clip: edges, scribbles, depth or skeletons."""
-    from kinema.control_video import ControlOptions, check_kind, make_control
-
-    given = {"low": low, "high": high, "threshold": threshold, "weights": weights}
-    given |= {"detector": detector, "points": points}
-    options = ControlOptions(**{name: value for name, value in given.items() if value is not None})
-    request = make_request(call.fields)
-    with make_teller(call.json) as teller:
-        making = make_control(check_kind(kind), video, request, options, call.configuration.settings.models)
-        with Interruption() as cancelled:
-            save = told(making, teller, cancelled)
-        teller.show(str(save), {"event": "result", "paths": [str(save)]})
-    return 0
-
-
-def drive(
-    call: Call,
-    video: Annotated[Path, Parameter(name="VIDEO", help="a video of one person")],
-    /,
-    *,
-    replace: Annotated[bool, _switch("make mask and background too, to put somebody else into the video")] = False,
-    no_retarget: Annotated[bool, _switch("keep the driver's own limbs, whatever the reference's body")] = False,
-    neutral: Annotated[
-        str | None, _switch("model that puts both in a neutral pose to measure their limbs: flux.1-kontext-dev")
-    ] = None,
-    columns: Annotated[int, _switch("columns of the mask's blocks; 1 by 1 makes it a box")] = 1,
-    rows: Annotated[int, _switch("rows of the mask's blocks")] = 1,
-    detector: Annotated[Path | None, _switch("yolov10m.onnx, which finds people")] = None,
-    points: Annotated[Path | None, _switch("vitpose_h_wholebody.onnx, which finds their joints")] = None,
-    sam2: Annotated[
-        Path | None, _switch("sam2_hiera_large.encoder.onnx, its decoder beside it, for the mask's outline")
-    ] = None,
-) -> int:
-    """Make the videos that drive Animate of a video: skeleton, face, and for replacement mask and background."""
-    from kinema.driving import DriveOptions, generate_command, make_driving
-
-    options = DriveOptions(
-        replace=replace,
-        retarget=not no_retarget,
-        neutral=neutral,
-        columns=columns,
-        rows=rows,
-        detector=detector,
-        points=points,
-        sam2=sam2,
-    )
-    request = make_request(call.fields)
-    with make_teller(call.json) as teller:
-        making = make_driving(video, request, options, call.configuration.settings)
-        with Interruption() as cancelled:
-            made = told(making, teller, cancelled)
-        paths = {role: str(path) for role, path in made.items()}
-        teller.show(generate_command(request, made), {"event": "result", "paths": list(paths.values()), **paths})
-    return 0
-
-
-def resume(
-    call: Call,
-    kept: Annotated[Path, Parameter(name="PATH", help="saved steps or finished clips that a stopped run left")],
-    /,
-) -> int:
-    """Go on with a run that was stopped, to the same bits as if it had not been."""
-    request = make_request(call.fields)
-    from kinema.engine import Engine
-
-    if not kept.exists():
-        raise RequestError(f"{kept}: no such file or folder", "check the path", field="PATH", got=str(kept))
-    with (
-        make_teller(call.json) as teller,
-        Engine(call.configuration.settings) as engine,
-        Interruption() as cancelled,
-    ):
-        for event in engine.resume(kept, request, cancelled=cancelled):
-            teller.event(event)
-    return 0
-
-
-def demo(call: Call) -> int:
-    """Make a small video with the model that ships with Kinema."""
-    fields = {"prompt": DEMO_PROMPT, "seed": DEMO_SEED, **call.fields, "model": "demo"}
-    return _generate(make_request(fields), call)
-
-
-def _generate(request: Request, call: Call) -> int:
-    from kinema.engine import Engine
-
-    with make_teller(call.json) as teller, Engine(call.configuration.settings) as engine:
-        made = engine.plan(request)
-        with Interruption() as cancelled:
-            for event in engine.run(made, cancelled=cancelled):
-                teller.event(event)
-    return 0
-
-
-def _generate_chain(request: Request, then: str, call: Call) -> int:
-    """Show both plans, then run them one after the other."""
-    from kinema.chain import Chain, run_chain
-    from kinema.cli.plans import plan_text
-    from kinema.engine import Engine
-
-    with make_teller(call.json) as teller, Engine(call.configuration.settings) as engine:
-        pictures, *videos = _chain(engine, request, then)
-        for made in (pictures, *videos):
-            if call.json:
-                teller.show("", {"event": "plan", "plan": made.model_dump(mode="json")})
-            else:
-                teller.say(plan_text(made))
-        with Interruption() as cancelled:
-            for event in run_chain(engine, Chain(pictures, tuple(videos)), cancelled):
-                teller.event(event)
-    return 0
-
-
-def _chain(engine: Engine, request: Request, then: str) -> list[Plan]:
-    from kinema.batch.lines import parse_line
-    from kinema.chain import plan_chain, then_fields
-
-    chain = plan_chain(engine, request, then_fields(then, parse_line))
-    return [chain.pictures, *chain.videos]
-
-
-def _pull_missing(request: Request, call: Call) -> None:
-    """Fetch what a request lacks, for this card; several addresses one after another."""
-    from kinema.survey import survey
-
-    settings, before = call.configuration.settings, ""
-    while True:
-        try:
-            survey(request, settings)
-            return
-        except CatalogError as error:
-            if error.details.get("pull", before) == before:
-                raise
-            before = error.details["pull"]
-            with make_teller(call.json) as teller:
-                store.pull_missing(error, settings, teller)
 
 
 @dataclass(frozen=True)
@@ -356,17 +42,17 @@ DRIVE_FIELDS = (
     "seed", "vram", "ram",
 )  # fmt: skip
 COMMANDS: dict[str, Command] = {
-    "generate": Command(generate, ALL_FIELDS),
-    "plan": Command(plan, ALL_FIELDS),
-    "inspect": Command(inspect_files),
-    "convert": Command(convert, ("overwrite",)),
-    "doctor": Command(doctor),
-    "replay": Command(replay),
-    "resume": Command(resume, ("output", "save", "overwrite", "quality", "strip")),
-    "decode": Command(decode, ("output", "save", "overwrite", "quality", "strip")),
-    "drive": Command(drive, DRIVE_FIELDS),
-    "control": Command(control, ("size", "frames", "fps", "device", "save", "overwrite", "quality")),
-    "demo": Command(demo, ("prompt", "first", "last", "seed", "steps", "device", "output", "save", "overwrite")),
+    "generate": Command(verbs.generate, ALL_FIELDS),
+    "plan": Command(verbs.plan, ALL_FIELDS),
+    "inspect": Command(verbs.inspect_files),
+    "convert": Command(verbs.convert, ("overwrite",)),
+    "doctor": Command(verbs.doctor),
+    "replay": Command(verbs.replay),
+    "resume": Command(verbs.resume, ("output", "save", "overwrite", "quality", "strip")),
+    "decode": Command(verbs.decode, ("output", "save", "overwrite", "quality", "strip")),
+    "drive": Command(verbs.drive, DRIVE_FIELDS),
+    "control": Command(verbs.control, ("size", "frames", "fps", "device", "save", "overwrite", "quality")),
+    "demo": Command(verbs.demo, ("prompt", "first", "last", "seed", "steps", "device", "output", "save", "overwrite")),
     "models": Command(store.models),
     "models search": Command(store.search),
     "models show": Command(store.show),
@@ -379,10 +65,10 @@ COMMANDS: dict[str, Command] = {
     "models import": Command(store.import_files),
     "models migrate": Command(store.migrate),
     "models prune": Command(store.prune),
-    "lora inspect": Command(lora_inspect),
-    "lora convert": Command(lora_convert),
-    "lora merge": Command(lora_merge),
-    "lora extract": Command(lora_extract),
+    "lora inspect": Command(loras.lora_inspect),
+    "lora convert": Command(loras.lora_convert),
+    "lora merge": Command(loras.lora_merge),
+    "lora extract": Command(loras.lora_extract),
 }
 
 GROUP_HELP = {
