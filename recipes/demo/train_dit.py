@@ -1,6 +1,6 @@
 """Train the DiT on encoded clips (see make_latents.py) and the frozen text encoder (train_text.py), by rectified flow.
 
-    python recipes/demo/train_dit.py --steps 4500
+    python recipes/demo/train_dit.py
 
 Resumes from runs/demo/dit.pt; --minutes ends a stage early, and the same command goes on from there.
 Of the clips six in ten are conditioned on text alone, the rest also on the first, or on the first and last frame.
@@ -183,7 +183,7 @@ def save(model: Model, average: Model, both: list[torch.optim.Optimizer], step: 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--minutes", type=float, default=110)
     parser.add_argument("--device", default="cpu")
