@@ -83,7 +83,7 @@ def main(lots: int, two_share: float, device: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lots", type=int, default=8)
-    parser.add_argument("--two-share", type=float, default=0.5, help="share of clips with two things")
+    parser.add_argument("--two-share", type=float, default=0.7, help="share of clips with two things")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     main(given.lots, given.two_share, given.device)
