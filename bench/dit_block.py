@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kinema.models.layers import rope_table, sdpa
 from kinema.models.wan import Block, Context, Stream, WanConfig, pad_texts, stays_float32
+from kinema.models.wan_blocks import KVCache
 
 GRID = (5, 16, 16)
 CONFIG = WanConfig(dim=1536, ffn_dim=8960, num_layers=1, in_channels=16, out_channels=16)
@@ -52,7 +53,7 @@ def build(dtype: torch.dtype, text_tokens: int) -> tuple[Callable[[], Tensor], C
     text = torch.randn(text_tokens, CONFIG.dim)
     text_BSD, bias_1S = pad_texts((text,), 512)
     full_BSD = torch.nn.functional.pad(text, (0, 0, 0, 512 - text_tokens))[None].to(dtype)
-    context = Context((ours.cross_attn.project(text_BSD),), bias_1S)
+    context = Context(KVCache(text_BSD), text_bias_1S=bias_1S)
     complex_dtype = torch.complex128 if dtype == torch.float32 else torch.complex64
     rope_LK = rope_table(GRID, CONFIG.head_dim, dtype=complex_dtype, device=torch.device("cpu"))
     stream = Stream(tokens_BLD, modulation_BR6D[:, :, 0], modulation_BR6D, (tokens_BLD.shape[1],), rope_LK, GRID, sdpa)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -28,6 +28,16 @@ def attention(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor, attn_mask: Tensor 
     return scores_BNLL.float().softmax(dim=-1).to(v_BNLK.dtype) @ v_BNLK
 
 
+@dataclass(frozen=True)
+class Made:
+    """A KVCache of one block, filled outside what is compiled."""
+
+    keys_values: tuple[Tensor, Tensor]
+
+    def of(self, *_: object) -> tuple[Tensor, Tensor]:
+        return self.keys_values
+
+
 def compile_blocks(dit: WanDiT) -> None:
     """Swap the forward of each block of `dit` for one that is compiled, run once for each set of weights."""
     torch._dynamo.config.recompile_limit = 32
@@ -38,8 +48,9 @@ def compile_blocks(dit: WanDiT) -> None:
     )
 
     def forward(block: nn.Module, stream: Stream, context: Context, index: int) -> Stream:
+        cross = block.cross_attn
         stream = replace(stream, rope_LK=torch.view_as_real(stream.rope_LK), attention=attention)
-        tokens_BLD = one(block, stream, replace(context, kv=(context.kv[index],)))
+        tokens_BLD = one(block, stream, replace(context, text=Made(context.text.of(cross, cross.project))))
         return replace(stream, rope_LK=torch.view_as_complex(stream.rope_LK), tokens_BLD=tokens_BLD)
 
     for block in dit.blocks:

@@ -15,6 +15,7 @@ from golden_weights import assert_golden, fill, golden, input_tensor
 from kinema.models.adapters.animate import Animate
 from kinema.models.adapters.motion import blur_kernel
 from kinema.models.wan import Context, WanConfig, WanDiT, constant, stays_float32
+from kinema.models.wan_blocks import KVCache
 from kinema.models.wan_config import AnimateConfig
 from kinema.schema import ModelRef
 from kinema.tensors import AnimateConditions, Conditions
@@ -72,13 +73,14 @@ def test_faults_in_the_state_are_caught(given: Given):
     """Swapped keys and values, a skeleton one frame late, the reference frame's face left out: none passes."""
     context = given[4]
     adapter, state = context.adapters[0]
-    (k, v), *rest = state.kv
+    velocity(given)
     late = state.pose_BLD.roll(12, 1)
-    without_reference = tuple((torch.cat([k[1:], k[:1]]), torch.cat([v[1:], v[:1]])) for k, v in state.kv)
+    swapped = KVCache(state.faces.rows, {block: (v, k) for block, (k, v) in state.faces.made.items()})
+    without_reference = KVCache(state.faces.rows.roll(-1, 1))
     faults = (
-        replace(state, kv=((v, k), *rest)),
+        replace(state, faces=swapped),
         replace(state, pose_BLD=late),
-        replace(state, kv=without_reference),
+        replace(state, faces=without_reference),
         replace(state, pose_BLD=torch.zeros_like(late)),
     )
     for fault in faults:

@@ -16,6 +16,7 @@ from golden_weights import assert_golden, fill, golden, input_tensor
 from kinema.models import layers
 from kinema.models.layers import rotate, sdpa, sinusoid
 from kinema.models.wan import Block, Context, Head, WanConfig, WanDiT, pad_texts, stays_float32
+from kinema.models.wan_blocks import KVCache
 from kinema.tensors import Conditions
 
 PAGE = Path(__file__).parents[2] / "docs/precision.md"
@@ -66,9 +67,7 @@ def prepare_as_golden(model: WanDiT, conditions: Conditions) -> Context:
     padded = [F.pad(text, (0, 0, 0, model.config.text_len - len(text))) for text in conditions.text]
     rows = torch.cat([model.img_emb(conditions.clip_BVD), model.text_embedding(torch.stack(padded))], dim=1)
     cut = rows.shape[1] - 512
-    crosses = [block.cross_attn for block in model.blocks]
-    kv = tuple((*cross.project(rows[:, cut:]), *cross.project_clip(rows[:, :cut])) for cross in crosses)
-    return Context(kv, None, conditions.concat_BCFhw)
+    return Context(KVCache(rows[:, cut:]), KVCache(rows[:, :cut]), concat_BCFhw=conditions.concat_BCFhw)
 
 
 @pytest.mark.parametrize("name", PLAIN + CLIP)
@@ -148,10 +147,9 @@ def test_merged_padding_is_all_padding():
         with torch.no_grad():
             context = long.prepare(Conditions(texts))
             padded = torch.stack([F.pad(text, (0, 0, 0, 512 - len(text))) for text in texts])
-            embedded = long.text_embedding(padded)
-            whole = Context(tuple(block.cross_attn.project(embedded) for block in long.blocks))
+            whole = Context(KVCache(long.text_embedding(padded)))
             assert_golden(long(x, timesteps, context), long(x, timesteps, whole), 3e-6)
-        assert context.kv[0][0].shape[2] <= min(512, max(lengths) + 6)
+        assert context.text.rows.shape[1] <= min(512, max(lengths) + 6)
 
 
 def test_padding_weights_sum_and_are_exact_in_bfloat16():
@@ -261,7 +259,7 @@ def test_attention_and_runner_are_swapped_without_touching_the_model():
 
     model.attention, model.run_blocks = core, runner
     assert_golden(velocity(model, x, timesteps, conditions), want)
-    assert seen == [0, 1, 0, (2, 2, 36, 128), 1, (2, 2, 36, 128)], "once for the context, once for the forward"
+    assert seen == [0, (2, 2, 36, 128), 1, (2, 2, 36, 128)], "the context is made on the way"
 
 
 def test_several_contexts_at_once_give_each_ones_velocity():

@@ -20,6 +20,7 @@ from kinema.models.flux import FluxConfig, FluxDiT
 from kinema.models.flux import stays_float32 as flux_stays_float32
 from kinema.models.flux_vae import FluxVAE, FluxVAEConfig
 from kinema.models.wan import WanConfig, WanDiT, stays_float32
+from kinema.models.wan_blocks import KVCache
 from kinema.models.wan_config import AnimateConfig, CameraConfig, ReferenceConfig, SpeechConfig, VaceConfig
 from kinema.models.wan_vae import WanVAE, WanVAEConfig
 from kinema.planning import activations, flux_cost
@@ -135,11 +136,11 @@ def test_a_dit_with_a_skeleton_and_faces(branches: int) -> None:
             parameter.data = parameter.data.to(torch.float32 if stays_float32(name) else torch.bfloat16)
         (adapter,) = dit.adapters
         context = dit.prepare(Conditions((torch.empty(40, 512),), None, torch.empty(1, 20, frames, rows, columns)))
-        kv = tuple(block.project(torch.empty(1, frames, 5, 5120)) for block in adapter.blocks)
+        faces = KVCache(torch.empty(1, frames, 5, 5120))
         x, timesteps = torch.empty(1, 16, frames, rows, columns), torch.empty(1)
         with Live() as live:
             skeleton = torch.empty(1, tokens * (frames - 1) // frames, 5120)
-            told = dataclasses.replace(context, adapters=((adapter, AnimateState(skeleton, kv)),))
+            told = dataclasses.replace(context, adapters=((adapter, AnimateState(skeleton, faces)),))
             dit(x, timesteps, *[told] * branches)
     known = dataclasses.asdict(config)
     predicted = activations.dit_bytes(known, tokens, 0, 2, branches=branches)
@@ -205,7 +206,7 @@ def test_dit_with_what_adapters_add_and_keep(adapter: str, branches: int, parts:
             timesteps = len(stream.segments)
             del stream
             dit(x, torch.empty(1), *contexts)
-    rows = sum(context.kv[0][0].shape[2] for context in contexts)
+    rows = sum(context.text.rows.shape[1] for context in contexts)
     predicted = activations.dit_bytes(
         fields, tokens, rows, 2, branches=branches, ffn_tokens=dit.ffn_tokens, timesteps=timesteps
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kinema.models.wan import WanConfig, WanDiT
+from kinema.models.wan_blocks import KVCache
 from kinema.runtime.finite import first_nonfinite
 from kinema.tensors import Conditions
 
@@ -53,8 +54,11 @@ def test_attention_that_overflows_is_told_from_the_layer_after_it(case):
 def test_spoilt_inputs_are_named_and_no_hook_stays(case):
     model, x, timesteps, context = case
     assert first_nonfinite(model, x * float("nan"), timesteps, context) == "latents"
-    spoilt = replace(context, kv=tuple((k * float("inf"), v) for k, v in context.kv))
-    assert first_nonfinite(model, x, timesteps, spoilt) == "context"
+    model(x, timesteps, context)
+    rows = context.text.rows
+    spoilt = KVCache(rows, {block: (k * float("inf"), v) for block, (k, v) in context.text.made.items()})
+    for text in (KVCache(rows * float("inf")), spoilt):
+        assert first_nonfinite(model, x, timesteps, replace(context, text=text)) == "context"
     model.attention = lambda q, k, v: 1 / 0
     with pytest.raises(ZeroDivisionError):
         first_nonfinite(model, x, timesteps, context)

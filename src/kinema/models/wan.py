@@ -9,8 +9,8 @@ Parity: tests/parity/test_wan_dit.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from kinema.models.adapters.reference import Reference
 from kinema.models.adapters.speech import Speech
 from kinema.models.adapters.vace import Vace
 from kinema.models.layers import Attention, Linear, RunBlocks, finest, map_once, rope_at, run_in_order, sdpa, sinusoid
-from kinema.models.wan_blocks import Block, BlockKV, ClipEmbedding, Context, Head, Rows, Stream, pad_texts
+from kinema.models.wan_blocks import Block, ClipEmbedding, Context, Head, KVCache, Stream, pad_texts
 from kinema.models.wan_config import ADAPTER_CONFIGS, PATCH, WanConfig
 from kinema.tensors import Conditions
 
@@ -74,7 +74,8 @@ class WanDiT(nn.Module):
     run_blocks   has the weights of each block at hand while it is used: see `layers.RunBlocks`.
     ffn_tokens   how many tokens pass a feed-forward at once, where memory is short; None: all.
 
-    Forward and `prepare` may be differentiated; nothing is kept on the model between calls.
+    Forward and `prepare` may be differentiated; nothing is kept on the model between calls, on a context only the keys
+    and values of its rows.
     """
 
     attention: Attention
@@ -112,7 +113,7 @@ class WanDiT(nn.Module):
                 nn.init.xavier_uniform_(parameter.flatten(1))
 
     def prepare(self, conditions: Conditions) -> Context:
-        """Return the constant context: embedded text and CLIP tokens as keys and values of every block, adapter states.
+        """Return the constant context: text and CLIP tokens embedded, adapter states. No block is run for it.
 
         Raises ValueError for a text that is too long, and for CLIP tokens or adapter inputs given or missing wrongly.
         """
@@ -120,18 +121,22 @@ class WanDiT(nn.Module):
         return context
 
     def prepare_branches(self, branches: Sequence[Conditions]) -> list[Context]:
-        """Return what `prepare` returns of each guidance branch; all pass a block before the next one's turn.
+        """Return what `prepare` returns of each guidance branch.
 
         What branches are told by the same objects is prepared once, and their contexts share it.
+
+        Texts are padded with zeros to `text_len` rows before `text_embedding`, and all rows are attended: the weights
+        were trained so.
         """
         for conditions in branches:
             self._check(conditions)
-        rows = self.embed_texts(branches)
-        kvs = self.project(self.blocks, rows)
-        states = [(adapter, self._states(adapter, branches, rows)) for adapter in self.adapters]
+        texts = [pad_texts(conditions.text, self.config.text_len) for conditions in branches]
+        clips = map_once(self._clip, [conditions.clip_BVD for conditions in branches])
+        states = [(adapter, self._states(adapter, branches)) for adapter in self.adapters]
         return [
             Context(
-                kv,
+                KVCache(self.text_embedding(text_BSD)),
+                clip,
                 bias_1S,
                 conditions.concat_BCFhw,
                 clean_frames=0 if conditions.clean_BCFhw is None else conditions.clean_BCFhw.shape[2],
@@ -139,7 +144,7 @@ class WanDiT(nn.Module):
                 adapters=tuple((adapter, made[index]) for adapter, made in states if made[index] is not None),
                 motion_B6D=conditions.motion_B6D,
             )
-            for index, (conditions, kv, (_, bias_1S, _)) in enumerate(zip(branches, kvs, rows, strict=True))
+            for index, (conditions, (text_BSD, bias_1S), clip) in enumerate(zip(branches, texts, clips, strict=True))
         ]
 
     def _check(self, conditions: Conditions) -> None:
@@ -152,35 +157,16 @@ class WanDiT(nn.Module):
         if config.has_clip_tokens != (conditions.clip_BVD is not None):
             raise ValueError(f"this DiT {'needs' if config.has_clip_tokens else 'takes no'} CLIP tokens")
 
-    def _states(self, adapter: Adapter, branches: Sequence[Conditions], rows: Sequence[Rows]) -> list[Any]:
+    def _clip(self, clip_BVD: Tensor | None) -> KVCache | None:
+        return None if clip_BVD is None else KVCache(self.img_emb(clip_BVD))
+
+    def _states(self, adapter: Adapter, branches: Sequence[Conditions]) -> list[Any]:
         """What the adapter prepared of each branch, None of those that do not ask for it."""
         told = [getattr(conditions, adapter.field) for conditions in branches]
         asking = [index for index, given in enumerate(told) if given is not None]
-        made = adapter.prepare(self, [told[i] for i in asking], [rows[i] for i in asking]) if asking else ()
+        made = adapter.prepare(self, [told[i] for i in asking]) if asking else ()
         states = dict(zip(asking, made, strict=True))
         return [states.get(index) for index in range(len(branches))]
-
-    def project(self, blocks: Iterable[nn.Module], branches: Sequence[Rows]) -> list[BlockKV]:
-        """Return the keys and values of these blocks for the rows of each branch, as `embed_texts` made."""
-
-        def step(block: nn.Module, _: int, kvs: list[BlockKV]) -> list[BlockKV]:
-            cross = cast(Block, block).cross_attn
-            seen = map_once(cross.project_clip, [clip_BVD for _, _, clip_BVD in branches])
-            read = [cross.project(text_BSD) for text_BSD, _, _ in branches]
-            return [(*kv, (*text, *clip)) for kv, text, clip in zip(kvs, read, seen, strict=True)]
-
-        return self.run_blocks(blocks, step, [() for _ in branches])
-
-    def embed_texts(self, branches: Sequence[Conditions]) -> list[Rows]:
-        """Return of each branch the rows that blocks attend to.
-
-        Texts are padded with zeros to `text_len` rows before `text_embedding`, and all rows are attended: the weights
-        were trained so.
-        """
-        images = [conditions.clip_BVD for conditions in branches]
-        clips = map_once(lambda clip_BVD: None if clip_BVD is None else self.img_emb(clip_BVD), images)
-        texts = (pad_texts(conditions.text, self.config.text_len) for conditions in branches)
-        return [(self.text_embedding(text), bias_1S, clip) for (text, bias_1S), clip in zip(texts, clips, strict=True)]
 
     def embed(self, x_BCFhw: Tensor, timesteps_BR: Tensor, segments: tuple[int, ...], context: Context) -> Stream:
         """Return latents as tokens, with the modulation rows of their timesteps.
@@ -194,8 +180,8 @@ class WanDiT(nn.Module):
         if x_BCFhw.shape[1] != self.config.in_channels or x_BCFhw.shape[3] % PATCH[1] or x_BCFhw.shape[4] % PATCH[2]:
             wanted = f"{self.config.in_channels} channels and even height and width"
             raise ValueError(f"latents {list(x_BCFhw.shape)}, conditions included, are not of {wanted}")
-        if len(context.kv[0][0]) != len(x_BCFhw):
-            raise ValueError(f"{len(x_BCFhw)} latents but conditions for {len(context.kv[0][0])}")
+        if len(context.text.rows) != len(x_BCFhw):
+            raise ValueError(f"{len(x_BCFhw)} latents but conditions for {len(context.text.rows)}")
         tokens = self.patch_embedding(x_BCFhw.to(self.patch_embedding.weight.dtype))
         grid = (tokens.shape[2], tokens.shape[3], tokens.shape[4])
         time_BRD = self.time_embedding(sinusoid(timesteps_BR, self.config.freq_dim)).float()
@@ -223,8 +209,8 @@ class WanDiT(nn.Module):
     @staticmethod
     def _rope_dtype(context: Context) -> torch.dtype:
         # Rounding queries to bfloat16 loses 2 ** -9; a float32 rotation, 2 ** -24, then costs nothing.
-        keys = context.kv[0][0]
-        return (finest(keys.device) if keys.dtype == torch.float32 else torch.float32).to_complex()
+        rows = context.text.rows
+        return (finest(rows.device) if rows.dtype == torch.float32 else torch.float32).to_complex()
 
     def unembed(self, stream: Stream) -> Tensor:
         """Return the velocity_BCFhw, float32, of the video's tokens."""

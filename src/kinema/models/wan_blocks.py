@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,18 +24,32 @@ if TYPE_CHECKING:
     from kinema.models.adapters.adapter import Adapter
 
 
-BlockKV = tuple[tuple[Tensor, ...], ...]
-"""Of each block, keys and values that its cross-attention attends to."""
+@dataclass(frozen=True, eq=False)
+class KVCache:
+    """Rows that blocks attend to, and the keys and values each block made of them when it first came by.
 
-Rows = tuple[Tensor, Tensor | None, Tensor | None]
-"""Of one guidance branch, as wide as the model: text_BSD, its attention bias_1S, and clip_BVD; see `Context`."""
+    Made then and not before, so that no block has to be brought for them alone; contexts that share the cache share
+    what is in it.
+
+    rows   [B, ..., S, D], as wide as the model.
+    """
+
+    rows: Tensor
+    made: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def of(self, block: nn.Module, project: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, N, S, K] of the rows, as `project` of the block made or now makes them."""
+        if block not in self.made:
+            self.made[block] = project(self.rows)
+        return self.made[block]
 
 
 @dataclass(frozen=True)
 class Context:
     """What stays constant over the steps of one request, expert and guidance branch. Made by `WanDiT.prepare`.
 
-    kv             of each block: keys and values [B, N, S, K] of the text, then, if it has any, of the CLIP tokens.
+    text           what cross-attention reads of the prompt.
+    clip           and of the image, where the model has CLIP tokens.
     text_bias_1S   logarithm of how many equal rows each text row stands for; None where each is itself.
     concat_BCFhw   channels put after the noise.
     adapters       each adapter in use, with what its `prepare` made of the conditions.
@@ -45,7 +60,8 @@ class Context:
                    such as another video's, kept from its one pass through the network; empty: none.
     """
 
-    kv: BlockKV
+    text: KVCache
+    clip: KVCache | None = None
     text_bias_1S: Tensor | None = None
     concat_BCFhw: Tensor | None = None
     clean_frames: int = 0
@@ -125,7 +141,7 @@ class SelfAttention(Projections):
 
 
 class CrossAttention(Projections):
-    """Attention to the constant context; its keys and values are computed once, by `project`."""
+    """Attention to the constant context, whose keys and values are computed once."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__(config)
@@ -134,25 +150,26 @@ class CrossAttention(Projections):
             self.v_img = Linear(config.dim, config.dim)
             self.norm_k_img = RMSNorm(config.dim, config.eps)
 
-    def project(self, text_BSD: Tensor) -> tuple[Tensor, ...]:
+    def project(self, text_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of the text, split into heads."""
-        return self._heads(self.norm_k(self.k(text_BSD)), self.v(text_BSD))
+        return self._heads(self.norm_k(self.k(text_BSD))), self._heads(self.v(text_BSD))
 
-    def project_clip(self, clip_BVD: Tensor | None) -> tuple[Tensor, ...]:
-        """Return keys and values of the CLIP tokens, if there are any, split into heads."""
-        return () if clip_BVD is None else self._heads(self.norm_k_img(self.k_img(clip_BVD)), self.v_img(clip_BVD))
+    def project_clip(self, clip_BVD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the CLIP tokens, split into heads."""
+        return self._heads(self.norm_k_img(self.k_img(clip_BVD))), self._heads(self.v_img(clip_BVD))
 
-    def _heads(self, *rows: Tensor) -> tuple[Tensor, ...]:
-        return tuple(row.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for row in rows)
+    def _heads(self, rows_BSD: Tensor) -> Tensor:
+        return rows_BSD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x_BLD: Tensor, context: Context, index: int) -> Tensor:
-        q_BNLK = self.norm_q(self.q(x_BLD)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        k_BNSK, v_BNSK, *clip = context.kv[index]
+    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
+        q_BNLK = self._heads(self.norm_q(self.q(x_BLD)))
+        k_BNSK, v_BNSK = context.text.of(self, self.project)
         bias_1S = None if context.text_bias_1S is None else context.text_bias_1S.to(q_BNLK.dtype)
         # Plain SDPA, not `stream.attention`: few keys, all of them here even when the tokens are spread over devices.
         y_BNLK = F.scaled_dot_product_attention(q_BNLK, k_BNSK, v_BNSK, attn_mask=bias_1S)
-        if clip:
-            y_BNLK = y_BNLK + F.scaled_dot_product_attention(q_BNLK, clip[0], clip[1])
+        if context.clip is not None:
+            k_BNVK, v_BNVK = context.clip.of(self, self.project_clip)
+            y_BNLK = y_BNLK + F.scaled_dot_product_attention(q_BNLK, k_BNVK, v_BNVK)
         y_BLD: Tensor = self.o(y_BNLK.transpose(1, 2).flatten(2))
         return y_BLD
 
@@ -175,12 +192,12 @@ class Block(nn.Module):
         rows = (self.modulation.float() + stream.modulation_BR6D).unbind(2)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
         # Rounded here, once for all layers that read it: the float32 rows need not live as long as those do.
-        dtype = context.kv[index][0].dtype
+        dtype = context.text.of(self.cross_attn, self.cross_attn.project)[0].dtype
         n_BLD = modulate(self.norm1(x_BLD), shift_attn, scale_attn, segments).to(dtype)
         more_kv = context.more_kv[index] if context.more_kv else None
         x_BLD = gated_add(x_BLD, self.self_attn(n_BLD, stream, more_kv), gate_attn, segments)
         n_BLD = self.norm3(x_BLD).to(dtype)
-        x_BLD = x_BLD + self.cross_attn(n_BLD, context, index)
+        x_BLD = x_BLD + self.cross_attn(n_BLD, context)
         n_BLD = modulate(self.norm2(x_BLD), shift_ffn, scale_ffn, segments).to(dtype)
         x_BLD = gated_add(x_BLD, self.feed_forward(n_BLD, stream), gate_ffn, segments)
         stream = replace(stream, tokens_BLD=x_BLD)

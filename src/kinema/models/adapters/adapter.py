@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from kinema.models.wan_blocks import Context, Rows, Stream
+from kinema.models.wan_blocks import Context, Stream
 
 if TYPE_CHECKING:
     from kinema.models.wan import WanDiT
@@ -23,11 +23,10 @@ class Adapter(nn.Module):
     field: str
     """Of Conditions: what this adapter is told."""
 
-    def prepare(self, model: WanDiT, told: Sequence[Any], rows: Sequence[Rows]) -> Sequence[Any]:
+    def prepare(self, model: WanDiT, told: Sequence[Any]) -> Sequence[Any]:
         """Return all that is constant over the steps of a request, of each guidance branch that asks for this adapter.
 
         told   what each is told; `layers.map_once` finds what is the same object in several.
-        rows   the text and CLIP rows of each.
         """
         raise NotImplementedError
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kinema.models.adapters.adapter import Adapter
 from kinema.models.adapters.motion import FaceEncoder, MotionEncoder
 from kinema.models.layers import LayerNorm, Linear, RMSNorm, map_once
-from kinema.models.wan_blocks import Context, Rows, Stream
+from kinema.models.wan_blocks import Context, KVCache, Stream
 from kinema.models.wan_config import PATCH, WanConfig
 from kinema.tensors import AnimateConditions
 
@@ -44,25 +44,21 @@ class FuserBlock(nn.Module):
         k_BSNK, v_BSNK = rows.unbind(2)
         return self.k_norm(k_BSNK).transpose(1, 2), v_BSNK.transpose(1, 2)
 
-    def forward(self, tokens_BLD: Tensor, kv: tuple[Tensor, Tensor], frames: int) -> Tensor:
+    def forward(self, tokens_BLD: Tensor, faces: KVCache, frames: int) -> Tensor:
         """Return what to add to the tokens, float32."""
         q = self.q_norm(self.linear1_q(self.norm(tokens_BLD)).unflatten(-1, (-1, self.head_dim)))
         q_BNLK = q.unflatten(1, (frames, -1)).flatten(0, 1).transpose(1, 2)
-        y_BNLK = F.scaled_dot_product_attention(q_BNLK, *kv)
+        y_BNLK = F.scaled_dot_product_attention(q_BNLK, *faces.of(self, self.project))
         y_BLD: Tensor = self.linear2(y_BNLK.transpose(1, 2).flatten(2).reshape(tokens_BLD.shape))
         return y_BLD.float()
 
 
-FaceKV = tuple[tuple[Tensor, Tensor], ...]
-"""Keys and values of the face tokens for each fuser block."""
-
-
 @dataclass(frozen=True)
 class AnimateState:
-    """pose_BLD: rows for the tokens behind the reference frame's. kv: of each fuser block, see FuserBlock.project."""
+    """pose_BLD: rows for the tokens behind the reference frame's. faces: face tokens [B, F, S, D]."""
 
     pose_BLD: Tensor
-    kv: FaceKV
+    faces: KVCache
 
 
 class Animate(Adapter):
@@ -79,16 +75,10 @@ class Animate(Adapter):
         blocks = (FuserBlock(config) for _ in range(config.num_layers // animate.interval))
         self.face_adapter = nn.ModuleDict({"fuser_blocks": nn.ModuleList(blocks)})
 
-    def prepare(self, model: WanDiT, told: Sequence[AnimateConditions], rows: Sequence[Rows]) -> list[AnimateState]:
+    def prepare(self, model: WanDiT, told: Sequence[AnimateConditions]) -> list[AnimateState]:
         poses = map_once(self._pose, [given.pose_BCFhw for given in told])
-        faces = map_once(self.face_tokens, told)
-
-        def project(block: nn.Module, _: int, kvs: list[FaceKV]) -> list[FaceKV]:
-            made = map_once(cast(FuserBlock, block).project, faces)
-            return [(*kv, pair) for kv, pair in zip(kvs, made, strict=True)]
-
-        kvs: list[FaceKV] = model.run_blocks(self.blocks, project, [() for _ in told])
-        return list(map(AnimateState, poses, kvs))
+        faces = map_once(lambda given: KVCache(self.face_tokens(given)), told)
+        return list(map(AnimateState, poses, faces))
 
     def _pose(self, pose_BCFhw: Tensor) -> Tensor:
         pose: Tensor = self.pose_patch_embedding(pose_BCFhw.to(self.pose_patch_embedding.weight.dtype))
@@ -118,7 +108,7 @@ class Animate(Adapter):
         block = self._after(index)
         if block is None:
             return stream
-        face_BLD = block(stream.tokens_BLD, state.kv[index // self.interval], stream.grid[0])
+        face_BLD = block(stream.tokens_BLD, state.faces, stream.grid[0])
         return replace(stream, tokens_BLD=stream.tokens_BLD + face_BLD)
 
     def companions(self, index: int) -> Iterable[nn.Module]:

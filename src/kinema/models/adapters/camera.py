@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kinema.models.adapters.adapter import Adapter
 from kinema.models.layers import map_once
-from kinema.models.wan_blocks import Rows, Stream
+from kinema.models.wan_blocks import Stream
 from kinema.models.wan_config import PATCH, CameraConfig, WanConfig
 from kinema.tensors import CameraConditions
 
@@ -59,7 +59,7 @@ class Camera(Adapter):
         assert config.camera is not None
         self.control_adapter = CameraEmbedding(config.camera, config.dim)
 
-    def prepare(self, model: WanDiT, told: Sequence[CameraConditions], rows: Sequence[Rows]) -> list[Tensor]:
+    def prepare(self, model: WanDiT, told: Sequence[CameraConditions]) -> list[Tensor]:
         return map_once(self._tokens, told)
 
     def _tokens(self, told: CameraConditions) -> Tensor:

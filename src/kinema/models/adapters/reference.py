@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kinema.models.adapters.adapter import Adapter
 from kinema.models.layers import map_once, rope_table
-from kinema.models.wan_blocks import Rows, Stream
+from kinema.models.wan_blocks import Stream
 from kinema.models.wan_config import PATCH, WanConfig
 from kinema.tensors import ReferenceConditions
 
@@ -33,7 +33,7 @@ class Reference(Adapter):
         assert config.reference is not None
         self.ref_conv = nn.Conv2d(config.reference.in_channels, config.dim, kernel_size=PATCH[1:], stride=PATCH[1:])
 
-    def prepare(self, model: WanDiT, told: Sequence[ReferenceConditions], rows: Sequence[Rows]) -> list[Tensor]:
+    def prepare(self, model: WanDiT, told: Sequence[ReferenceConditions]) -> list[Tensor]:
         return map_once(self._tokens, told)
 
     def _tokens(self, told: ReferenceConditions) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kinema.models.adapters.adapter import Adapter
 from kinema.models.layers import LayerNorm, Linear, finest, map_once, rope_at, sinusoid
-from kinema.models.wan_blocks import BlockKV, Context, CrossAttention, Rows, Stream
+from kinema.models.wan_blocks import Context, CrossAttention, KVCache, Stream
 from kinema.models.wan_config import PATCH, SpeechConfig, WanConfig
 from kinema.tensors import SpeechConditions
 
@@ -180,7 +180,7 @@ def _spread(first: int, last: int, count: int) -> list[int]:
 class SpeechState:
     """What stays constant over the steps of one clip and branch.
 
-    audio          of each injector, keys and values of the sound: a context with a batch entry a latent frame.
+    audio          the sound, a context of its own with a batch entry a latent frame.
     scales         of each injector, shift and scale [B F, 1, D].
     pose_BLD       what is added to the video's tokens: of the pose video, or one row for all without one.
     extra_BLD      tokens of reference and motion, marked.
@@ -211,23 +211,16 @@ class Speech(Adapter):
         self.audio_injector = AudioInjector(config, len(speech.layers))
         self.frame_packer = FramePacker(config.out_channels, dim)
 
-    def prepare(self, model: WanDiT, told: Sequence[SpeechConditions], rows: Sequence[Rows]) -> list[SpeechState]:
+    def prepare(self, model: WanDiT, told: Sequence[SpeechConditions]) -> list[SpeechState]:
         sounds = map_once(self._sound, told)
-        local = [local_XND for local_XND, _ in sounds]
-
-        def project(injector: nn.Module, _: int, kvs: list[BlockKV]) -> list[BlockKV]:
-            made = map_once(cast(CrossAttention, injector).project, local)
-            return [(*kv, pair) for kv, pair in zip(kvs, made, strict=True)]
-
-        kvs: list[BlockKV] = model.run_blocks(self.audio_injector.injector, project, [() for _ in told])
         poses = map_once(self._pose, [given.pose_BCFhw for given in told])
         before = [given.motion_BCFhw for given in told]
         extras = map_once(partial(self._extra, model), [given.reference_BCFhw for given in told], before)
         time_BRD = model.time_embedding(sinusoid(poses[0].new_zeros(1, 1), model.config.freq_dim)).float()
         modulation_BR6D = model.time_projection(time_BRD).float().unflatten(-1, (6, model.config.dim))
         return [
-            SpeechState(Context(kv), scales, pose_BLD, *extra, time_BRD, modulation_BR6D)
-            for kv, (_, scales), pose_BLD, extra in zip(kvs, sounds, poses, extras, strict=True)
+            SpeechState(Context(audio), scales, pose_BLD, *extra, time_BRD, modulation_BR6D)
+            for (audio, scales), pose_BLD, extra in zip(sounds, poses, extras, strict=True)
         ]
 
     def _pose(self, pose_BCFhw: Tensor | None) -> Tensor:
@@ -268,22 +261,22 @@ class Speech(Adapter):
         x_XLD = video.reshape(-1, rows * columns, video.shape[2])  # X: batch entries times latent frames
         shift, scale = state.scales[place]
         normed = torch.addcmul(shift, self.audio_injector.norm(x_XLD), 1 + scale)
-        x_XLD = x_XLD + self.audio_injector.injector[place](normed, state.audio, place)
+        x_XLD = x_XLD + self.audio_injector.injector[place](normed, state.audio)
         return replace(stream, tokens_BLD=torch.cat([before, x_XLD.view_as(video), behind], dim=1))
 
     def companions(self, index: int) -> Iterable[nn.Module]:
         place = self.places.get(index)
         return () if place is None else (self.audio_injector.injector[place],)
 
-    def _sound(self, given: SpeechConditions) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
-        """Rows that injectors attend to, and the scales of each. The clip's first sound stands for all before it."""
+    def _sound(self, given: SpeechConditions) -> tuple[KVCache, tuple[tuple[Tensor, Tensor], ...]]:
+        """What injectors attend to, and the scales of each. The clip's first sound stands for all before it."""
         audio_BLDT = given.audio_BLDT.float()
         history = 4 * given.history_frames - 3
         before = audio_BLDT[..., :1].expand(-1, -1, -1, history)
         local_BFND, global_BFD = self.casual_audio_encoder(torch.cat([before, audio_BLDT], dim=-1))
         local_XND = local_BFND[:, given.history_frames :].flatten(0, 1)
         global_BFD = global_BFD[:, given.history_frames :]
-        return local_XND, tuple(scale(global_BFD) for scale in self.audio_injector.injector_adain_layers)
+        return KVCache(local_XND), tuple(scale(global_BFD) for scale in self.audio_injector.injector_adain_layers)
 
     @staticmethod
     def _rope(model: WanDiT, reference_BCFhw: Tensor, motion: bool) -> Tensor:

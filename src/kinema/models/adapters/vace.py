@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kinema.models.adapters.adapter import Adapter
 from kinema.models.layers import Linear, map_once
-from kinema.models.wan_blocks import Block, Context, Rows, Stream
+from kinema.models.wan_blocks import Block, Context, Stream
 from kinema.models.wan_config import PATCH, WanConfig
 from kinema.tensors import VaceConditions
 
@@ -35,10 +35,9 @@ class VaceBlock(Block):
 
 @dataclass(frozen=True)
 class VaceState:
-    """tokens_BLD: the embedded context, projected. context: keys and values of the side blocks."""
+    """tokens_BLD: what VACE is told, embedded and projected."""
 
     tokens_BLD: Tensor
-    context: Context
     scale: float
 
 
@@ -58,12 +57,9 @@ class Vace(Adapter):
         self.vace_patch_embedding = nn.Conv3d(config.vace.in_channels, config.dim, kernel_size=PATCH, stride=PATCH)
         self.vace_blocks = nn.ModuleList(VaceBlock(config, first=n == 0) for n in range(len(self.layers)))
 
-    def prepare(self, model: WanDiT, told: Sequence[VaceConditions], rows: Sequence[Rows]) -> list[VaceState]:
+    def prepare(self, model: WanDiT, told: Sequence[VaceConditions]) -> list[VaceState]:
         tokens = map_once(partial(self._tokens, model), [given.context_BCFhw for given in told])
-        parts = zip(tokens, model.project(self.blocks, rows), rows, told, strict=True)
-        return [
-            VaceState(tokens_BLD, Context(kv, bias_1S), given.scale) for tokens_BLD, kv, (_, bias_1S, _), given in parts
-        ]
+        return [VaceState(tokens_BLD, given.scale) for tokens_BLD, given in zip(tokens, told, strict=True)]
 
     def _tokens(self, model: WanDiT, context_BCFhw: Tensor) -> Tensor:
         context_BCFhw = context_BCFhw.to(self.vace_patch_embedding.weight.dtype)
@@ -87,7 +83,8 @@ class Vace(Adapter):
             return stream
         place = self.layers.index(index)
         block = self.blocks[place]
-        side_BLD = block(replace(stream, tokens_BLD=stream.side_BLD), state.context, place).tokens_BLD
+        context = replace(context, adapters=(), more_kv=())
+        side_BLD = block(replace(stream, tokens_BLD=stream.side_BLD), context, place).tokens_BLD
         hint_BLD = block.after_proj(side_BLD).to(torch.float32)
         return replace(stream, tokens_BLD=stream.tokens_BLD + hint_BLD * state.scale, side_BLD=side_BLD)
 
