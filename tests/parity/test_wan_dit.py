@@ -171,10 +171,10 @@ def per_token_velocity(model: WanDiT, x: Tensor, timesteps_BL: Tensor, context: 
     time_BLD = model.time_embedding(sinusoid(timesteps_BL, model.config.freq_dim))
     rows_BL6D = model.time_projection(time_BLD).unflatten(-1, (6, -1))
     tokens = stream.tokens_BLD
-    for index, block in enumerate(model.blocks):
+    for block in model.blocks:
         shift1, scale1, gate1, shift2, scale2, gate2 = (rows_BL6D + block.modulation).unbind(2)
         tokens = tokens + gate1 * block.self_attn(block.norm1(tokens) * (1 + scale1) + shift1, stream)
-        tokens = tokens + block.cross_attn(block.norm3(tokens), context, index)
+        tokens = tokens + block.cross_attn(block.norm3(tokens), context)
         tokens = tokens + gate2 * block.ffn(block.norm2(tokens) * (1 + scale2) + shift2)
     shift, scale = (time_BLD[:, :, None] + model.head.modulation).unbind(2)
     out = model.head.head(model.head.norm(tokens) * (1 + scale) + shift)

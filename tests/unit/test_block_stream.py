@@ -83,7 +83,6 @@ def test_a_block_is_copied_once_for_all_branches_and_resident_ones_once_for_good
     model, ring = tiny("dit", DIT), Counting()
     for parameter in model.parameters():
         setattr(parameter, HELD_AS, torch.float64)  # so that even a block that stays has to be made first
-    model.double()
     stream = model.run_blocks = BlockStream(model.block_groups(), ring, resident=2)
     contexts = model.prepare_branches([Conditions((torch.ones(rows, DIT["text_dim"]),)) for rows in (2, 3)])
     assert not ring.fills, "no block is brought to prepare contexts"
