@@ -74,6 +74,11 @@ def test_plan_is_readable_and_json(tiny: Cli):
     assert not Path("outputs").exists()
 
 
+def test_brackets_in_a_plan_are_no_markup(tiny: Cli):
+    text = "a [red] cat [1] on [/mat] of C:\\["
+    assert text in tiny("plan", text, *SMALL).out
+
+
 def test_inspect_goes_on_after_an_unreadable_file(tiny: Cli, tiny_world: TinyWorld, tmp_path: Path):
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")

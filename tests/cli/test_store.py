@@ -97,6 +97,7 @@ def test_a_small_disk_takes_smaller_files_or_is_told(cli: Cli):
         ("plan --preset 16GB --vram 8GB", 2, "leave one out"),
         ("pull", 2, "nothing to pull"),
         ("pull ae.safetensors --to x", 3, "cannot be reached"),
+        ("pull ae.safetensors --to [/x]", 3, "cannot be reached"),
         ("pull high_noise_model.safetensors", 2, "may be"),
         ("pull hf:nothing", 3, "names no repository"),
         ("search wan9.9_t2v.safetensors", 3, "no file is called"),

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from kinema.catalog.files import Store, load_store
 from kinema.catalog.folders import Folders
 from kinema.catalog.installed import find_files
+from kinema.cli.tables import facts_table, table, text_of
 from kinema.cli.tell import duration, gigabytes
 from kinema.errors import CatalogError
 from kinema.planning.memory import block_parameters
+from kinema.request import flag
 from kinema.schema import CatalogEntry, ModelRef, Plan, Settings
-
-WIDTH = 10_000
-"""Columns of a page: paths and prompts are never broken here, so that they can be copied; the terminal wraps."""
 
 
 def plan_text(plan: Plan) -> str:
     """Return a plan as a page: what, from which files, how long, step by step, what it will cost."""
-    console = _page()
-    console.print(_facts(plan))
-    console.print(_files(plan))
-    console.print(_steps(plan))
-    if plan.costs:
-        console.print(_costs(plan))
-    for note in plan.notes:
-        console.print(f"note: {note.text}", markup=False)
-    return _text(console)
+    costs = [_costs(plan)] if plan.costs else []
+    notes = (f"note: {note.text}" for note in plan.notes)
+    return text_of(_facts(plan), _files(plan), _steps(plan), *costs, *notes)
 
 
 def _facts(plan: Plan) -> Table:
     channels, latent_frames, rows, columns = plan.latent
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
     facts = {
         "model": f"{plan.model} ({plan.title})",
         "licence": plan.licence,
@@ -65,10 +53,7 @@ def _facts(plan: Plan) -> Table:
         "memory": "; ".join(_memory(plan)),
         "output": ", ".join(str(path) for paths in plan.output.paths for path in paths),
     }
-    for name, value in facts.items():
-        if value:
-            table.add_row(name, _plain(value))
-    return table
+    return facts_table((name, value) for name, value in facts.items() if value)
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -100,14 +85,10 @@ def memory_choices(plan: Plan) -> list[str]:
 
 def _asked(plan: Plan, field: str) -> str:
     value = getattr(plan.request, field)
-    return f"--{field.replace('_', '-')} {gigabytes(value) if field in ('vram', 'ram') else value}"
+    return f"{flag(field)} {gigabytes(value) if field in ('vram', 'ram') else value}"
 
 
 def _files(plan: Plan) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    for column in ("part", "file", "dialect", "held as"):
-        table.add_column(column)
-    table.add_column("size", justify="right")
     refs: dict[str, ModelRef] = {
         f"dit {expert}" if expert != "model" else "dit": ref for expert, ref in plan.experts.items()
     }
@@ -118,10 +99,11 @@ def _files(plan: Plan) -> Table:
         refs |= {name: ref for name, ref in parts.items() if ref}
     refs |= {"audio encoder": plan.audio_encoder} if plan.audio_encoder else {}
     refs |= {"motion controller": plan.motion.controller} if plan.motion else {}
+    rows = []
     for name, ref in refs.items():
         files = str(ref.files[0]) + (f" and {len(ref.files) - 1} more" if len(ref.files) > 1 else "")
-        table.add_row(name, _plain(files), ref.dialect, _held(ref), gigabytes(ref.bytes))
-    return table
+        rows.append((name, files, ref.dialect, _held(ref), gigabytes(ref.bytes)))
+    return table(("part", "file", "dialect", "held as", "size"), rows, numbers=("size",))
 
 
 def _held(ref: ModelRef) -> str:
@@ -131,50 +113,34 @@ def _held(ref: ModelRef) -> str:
 
 
 def _steps(plan: Plan) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    for column in ("step", "sigma", "timestep", "guidance"):
-        table.add_column(column, justify="right")
-    table.add_column("expert")
+    numbers = ("step", "sigma", "timestep", "guidance")
+    rows = []
     for number, step in enumerate(plan.steps, 1):
         expert = "" if step.expert == "model" else step.expert
-        table.add_row(f"{number}", f"{step.sigma:.6f}", f"{step.timestep:g}", f"{step.guidance:g}", expert)
-    return table
+        rows.append((f"{number}", f"{step.sigma:.6f}", f"{step.timestep:g}", f"{step.guidance:g}", expert))
+    return table((*numbers, "expert"), rows, numbers)
 
 
 def _costs(plan: Plan) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("stage")
-    table.add_column("peak memory", justify="right")
-    table.add_column("mapped files" if plan.device == "cpu" else "host memory", justify="right")
-    table.add_column("time", justify="right")
+    on_cpu = plan.device == "cpu"
+    numbers = ("peak memory", "mapped files" if on_cpu else "host memory", "time")
+    rows = []
     for cost in plan.costs:
-        table.add_row(
-            cost.stage,
-            gigabytes(cost.peak_bytes),
-            gigabytes(cost.mapped_bytes if plan.device == "cpu" else cost.host_bytes),
-            "not measured yet" if cost.seconds is None else duration(cost.seconds),
-        )
-    return table
+        beside = cost.mapped_bytes if on_cpu else cost.host_bytes
+        seconds = "not measured yet" if cost.seconds is None else duration(cost.seconds)
+        rows.append((cost.stage, gigabytes(cost.peak_bytes), gigabytes(beside), seconds))
+    return table(("stage", *numbers), rows, numbers)
 
 
 def models_text(settings: Settings) -> tuple[str, list[dict[str, Any]]]:
     """Return the catalog as a table, and as data: every model, what it takes, where it is installed."""
-    table = Table(box=SIMPLE_HEAD)
-    for column in ("model", "what it is", "takes", "size", "frames", "installed"):
-        table.add_column(column)
-    rows = []
+    shown, data = [], []
     store, folders = load_store(settings.catalogs), Folders.of(settings)
     for entry in store.models.values():
         files, lacks = _installed(entry, store, folders)
-        table.add_row(
-            entry.name,
-            entry.title,
-            ", ".join(("text", *entry.takes)),
-            f"{entry.size[0]}x{entry.size[1]}",
-            str(entry.frames),
-            "yes" if files else "no",
-        )
-        rows.append(
+        takes, size = ", ".join(("text", *entry.takes)), f"{entry.size[0]}x{entry.size[1]}"
+        shown.append((entry.name, entry.title, takes, size, str(entry.frames), "yes" if files else "no"))
+        data.append(
             {
                 "name": entry.name,
                 "title": entry.title,
@@ -187,10 +153,9 @@ def models_text(settings: Settings) -> tuple[str, list[dict[str, Any]]]:
                 "missing": lacks,
             }
         )
-    console = _page()
-    console.print(table)
-    console.print(f"searched: {', '.join(map(str, settings.models)) or 'no folder'}", markup=False)
-    return _text(console), rows
+    columns = ("model", "what it is", "takes", "size", "frames", "installed")
+    searched = f"searched: {', '.join(map(str, settings.models)) or 'no folder'}"
+    return text_of(table(columns, shown), searched), data
 
 
 def _installed(entry: CatalogEntry, store: Store, folders: Folders) -> tuple[dict[str, str], str]:
@@ -199,16 +164,3 @@ def _installed(entry: CatalogEntry, store: Store, folders: Folders) -> tuple[dic
         return {role: str(path) for role, path in chosen.files.items()}, ""
     except CatalogError as error:
         return {}, error.message
-
-
-def _page() -> Console:
-    return Console(file=io.StringIO(), width=WIDTH, highlight=False, emoji=False, color_system=None, soft_wrap=False)
-
-
-def _text(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from kinema.catalog.choice import Card
 from kinema.catalog.files import CatalogFile, Found, Store
 from kinema.catalog.folders import Folders
 from kinema.catalog.moves import Move
 from kinema.cli.plans import memory_choices
+from kinema.cli.tables import table, text_of
 from kinema.cli.tell import gigabytes
 from kinema.errors import MachineError
 from kinema.provision import Provision, distinct, trial_size
 from kinema.schema import CatalogEntry
 
-WIDTH = 10_000
 MOST_ROWS = 60
 
 Page = tuple[str, Any]
@@ -31,15 +24,13 @@ Page = tuple[str, Any]
 def files_page(found: Found, folders: Folders, whole: bool = False) -> Page:
     """Return files as a table; `whole` adds hashes, models and notes."""
     shown = found.files if whole else found.files[:MOST_ROWS]
-    text = _table(
-        ("size", "precision", "role", "file", "installed"),
-        [
-            (_size(file), file.precision, file.role, f"{file.repository}/{file.path}", str(folders.locate(file) or ""))
-            for file in shown
-        ],
-    )
+    rows = [
+        (_size(file), file.precision, file.role, f"{file.repository}/{file.path}", str(folders.locate(file) or ""))
+        for file in shown
+    ]
+    text = text_of(table(("size", "precision", "role", "file", "installed"), rows, numbers=("size",)))
     lines = [f"note: {found.note}"] if found.note else []
-    lines += [text]
+    lines += [line for line in text.splitlines() if line]
     lines += [f"... and {len(found.files) - len(shown)} more: add words"] if len(shown) < len(found.files) else []
     lines += [_details(file) for file in shown] if whole else []
     return "\n".join(lines), {"note": found.note, "files": [_row(file, folders) for file in found.files]}
@@ -56,9 +47,7 @@ def model_page(model: CatalogEntry, store: Store, folders: Folders) -> Page:
     return "\n".join(lines), data | {"files": {n: [_row(f, folders) for f in files] for n, files in rows.items()}}
 
 
-def plan_page(
-    made: Sequence[Provision], card: Card, folders: Folders, more: Mapping[str, Sequence[str]] = MappingProxyType({})
-) -> Page:
+def plan_page(made: Sequence[Provision], card: Card, folders: Folders, more: Mapping[str, Sequence[str]]) -> Page:
     """Return which files each model takes on a card, and what they come to; `more`: what a larger one would bring."""
     disk = f", {gigabytes(card.disk)} of disk" if card.disk else ""
     where = f"{gigabytes(card.vram)} of VRAM" if card.vram else "the CPU"
@@ -137,15 +126,3 @@ def _run(made: Provision) -> str:
 
 def _sum(files: Iterable[CatalogFile]) -> int:
     return sum(file.bytes or 0 for file in files)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    table = Table(box=SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, justify="right" if column == "size" else "left")
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    console = Console(file=io.StringIO(), width=WIDTH, highlight=False, emoji=False, color_system=None, soft_wrap=False)
-    console.print(table)
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines() if line.strip())

@@ -10,13 +10,12 @@ from collections.abc import Callable, Generator
 from typing import Any, Protocol, Self, TypeVar, cast
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
 from kinema.errors import Cancelled, KinemaError
-from kinema.schema import Event, Note, Preview, Progress, Result
+from kinema.schema import Event, Note, Progress, Result
 
 T = TypeVar("T")
 
@@ -99,7 +98,7 @@ class TerminalTeller:
     """Bars per stage on stderr, paths of results on stdout."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False, markup=False)
         self._bars: Bars | None = None
         self._tasks: dict[tuple[str, int | None], TaskID] = {}
 
@@ -113,20 +112,18 @@ class TerminalTeller:
         if isinstance(event, Progress):
             self._progress(event, where)
         elif isinstance(event, Note):
-            self.say(f"[dim]{escape(_prefix(where))}note: {escape(event.text)}[/dim]")
+            self._console.print(f"{_prefix(where)}note: {event.text}", style="dim")
         elif isinstance(event, Result):
             self._stop_bars()
-            self._console.print(f"[dim]{escape(_prefix(where) + stages_text(event))}[/dim]")
+            self._console.print(_prefix(where) + stages_text(event), style="dim")
             for path in event.paths:
                 print(path, flush=True)
-        elif isinstance(event, Preview):
-            return
 
     def error(self, error: KinemaError, where: str = "") -> None:
         self._stop_bars()
-        self._console.print(f"[bold red]{escape(_prefix(where))}error:[/bold red] {escape(error.message)}")
+        self._console.print(Text(f"{_prefix(where)}error:", style="bold red"), error.message)
         if error.hint:
-            self._console.print(escape(error.hint))
+            self.say(error.hint)
 
     def say(self, text: str) -> None:
         self._console.print(text)
@@ -137,7 +134,7 @@ class TerminalTeller:
     def _progress(self, event: Progress, where: str) -> None:
         if self._bars is None:
             self._bars = Bars(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 Done(),
                 TimeLeft(),
@@ -148,7 +145,7 @@ class TerminalTeller:
             self._bars.start()
         key = (event.stage, event.seed)
         if key not in self._tasks:
-            self._tasks[key] = self._bars.add_task(escape(_prefix(where) + event.stage), total=event.total)
+            self._tasks[key] = self._bars.add_task(_prefix(where) + event.stage, total=event.total)
         self._bars.update(
             self._tasks[key],
             completed=event.done,
