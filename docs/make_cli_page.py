@@ -14,7 +14,7 @@ from typing import Any
 from kinema import errors
 from kinema.batch.lines import SHORT_NAMES
 from kinema.cli.app import COMMANDS
-from kinema.cli.flags import parameters
+from kinema.cli.flags import parameters, spellings
 from kinema.schema import Request
 from kinema.settings import CONFIG_VARIABLE, PLACES, variable
 
@@ -98,8 +98,8 @@ def _verb(name: str) -> str:
     if name == "plan":
         return f"## kinema plan\n\n{getdoc(command.verb)} It takes the flags of `kinema generate`.\n\n"
     shown = [item for item in parameters(command.verb, command.fields) if _group(item) != "Settings"]
-    words = [_option(item).name for item in shown if _is_placed(item)]
-    usage = " ".join(["kinema", name, *(str(word[0] if isinstance(word, tuple) else word) for word in words if word)])
+    words = [spellings(item)[0] for item in shown if item.kind is not Parameter.KEYWORD_ONLY]
+    usage = " ".join(["kinema", name, *words])
     usage = usage.replace("--prompt", "[PROMPT]").replace("inspect FILE", "inspect FILE...")
     text = f"## kinema {name}\n\n{getdoc(command.verb)}\n\n```text\n{usage} [FLAGS]\n```\n\n"
     groups = dict.fromkeys(_group(item) for item in shown)
@@ -108,7 +108,7 @@ def _verb(name: str) -> str:
 
 
 def _table(group: str, items: Sequence[Parameter]) -> str:
-    rows = "".join(f"| {_spelling(item)} | {_option(item).help} |\n" for item in items)
+    rows = "".join(f"| `{'`, `'.join(spellings(item))}` | {_option(item).help} |\n" for item in items)
     title = f"### {group}\n\n" if group else ""
     return f"{title}| | |\n|---|---|\n{rows}\n"
 
@@ -120,16 +120,6 @@ def _option(item: Parameter) -> Any:
 def _group(item: Parameter) -> str:
     groups = _option(item).group
     return groups[0].name if groups and groups[0] else ""
-
-
-def _is_placed(item: Parameter) -> bool:
-    return item.kind is not Parameter.KEYWORD_ONLY
-
-
-def _spelling(item: Parameter) -> str:
-    names = _option(item).name or (f"--{item.name.replace('_', '-')}",)
-    names = (names,) if isinstance(names, str) else names
-    return ", ".join(f"`{name}`" for name in names)
 
 
 def _places() -> str:

@@ -16,8 +16,7 @@ import cyclopts
 from cyclopts import App
 
 from kinema.cli import loras, store, verbs
-from kinema.cli.flags import ALIASES, ELSEWHERE, Call, flag_names, parameters
-from kinema.cli.interrupt import EXIT_CODE
+from kinema.cli.flags import ELSEWHERE, Call, flag_names, parameters
 from kinema.cli.tell import make_teller
 from kinema.errors import Cancelled, KinemaError, RequestError
 from kinema.request import nearest
@@ -25,14 +24,12 @@ from kinema.schema import Request
 from kinema.settings import PLACES, configure
 from kinema.version import VERSION
 
-Verb = Callable[..., int]
-
 
 @dataclass(frozen=True)
 class Command:
     """A verb as the command line has it: its function and the Request fields that are its flags."""
 
-    verb: Verb
+    verb: Callable[..., int]
     fields: tuple[str, ...] = ()
 
 
@@ -105,12 +102,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     teller = make_teller("--json" in words)
     try:
         return _dispatch(words)
-    except KinemaError as error:
+    except (KinemaError, KeyboardInterrupt) as fault:
+        error = fault if isinstance(fault, KinemaError) else Cancelled("stopped")
         teller.error(error)
         return error.exit_code
-    except KeyboardInterrupt:
-        teller.error(Cancelled("stopped"))
-        return EXIT_CODE
     except BrokenPipeError:
         # The reader of our output has gone; what is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -209,6 +204,3 @@ def _unknown_flag(verb: str, word: str, known: Sequence[str]) -> RequestError:
         got=word,
         allowed=[flag for flag in known if flag.startswith("-")],
     )
-
-
-__all__ = ["ALIASES", "COMMANDS", "build_app", "run"]

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from kinema.request import REPEATED
+from kinema.request import REPEATED, flag
 from kinema.schema import Request
 from kinema.settings import PLACES, Configuration
 
@@ -70,39 +70,42 @@ class Call:
     json: bool = False
 
 
+def option(help: str, name: str | None = None, group: Group | None = None) -> Parameter:
+    """Return how a flag or word of a verb's own is called and what it means; a switch has no --no- form."""
+    return Parameter(name=name, help=help, group=group, negative=(), show_default=False)
+
+
 def parameters(verb: Callable[..., Any], fields: Sequence[str]) -> list[inspect.Parameter]:
     """Return the parameters of a verb's command: its own, those of the Request `fields`, and the shared ones."""
     own = list(inspect.signature(verb, eval_str=True).parameters.values())[1:]
-    positional = [item for item in own if item.kind is not inspect.Parameter.KEYWORD_ONLY]
-    keyword = [item for item in own if item.kind is inspect.Parameter.KEYWORD_ONLY]
     asked = [_field_parameter(name) for name in fields]
-    positional += [item for item in asked if item.kind is not inspect.Parameter.KEYWORD_ONLY]
-    keyword += [item for item in asked if item.kind is inspect.Parameter.KEYWORD_ONLY]
-    return [*positional, *keyword, *_shared_parameters()]
+    words_first = sorted([*own, *asked], key=lambda item: item.kind is inspect.Parameter.KEYWORD_ONLY)
+    return [*words_first, *_shared_parameters()]
+
+
+def spellings(item: inspect.Parameter) -> tuple[str, ...]:
+    """Return what a parameter of a command is called: its flags, or the word that stands in its place."""
+    names = item.annotation.__metadata__[0].name or flag(item.name)
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def flag_names(command: Sequence[inspect.Parameter]) -> list[str]:
     """Return every spelling of the flags of these parameters."""
-    names = []
-    for item in command:
-        spelled = item.annotation.__metadata__[0].name or (f"--{item.name.replace('_', '-')}",)
-        names += [spelled] if isinstance(spelled, str) else list(spelled)
-    return names
+    return [name for item in command for name in spellings(item)]
 
 
 def _field_parameter(name: str) -> inspect.Parameter:
     declared = Request.model_fields[name]
     extra = declared.json_schema_extra
     group = GROUPS[str(extra["group"])] if isinstance(extra, dict) else "What"
-    flag = "--" + name.replace("_", "-")
     kind: Any = str
     if declared.annotation is bool:
         kind = bool
     elif name in REPEATED:
         kind = tuple[str, ...]
     more = Parameter(
-        name=(flag, *ALIASES.get(name, ())),
-        help=_escape(declared.description or ""),
+        name=(flag(name), *ALIASES.get(name, ())),
+        help=declared.description,
         group=_group(group),
         show_default=False,
         negative=() if kind is not bool else None,
@@ -112,15 +115,17 @@ def _field_parameter(name: str) -> inspect.Parameter:
 
 
 def _shared_parameters() -> list[inspect.Parameter]:
-    def shared(name: str, flag: str, kind: Any, default: Any, help: str) -> inspect.Parameter:
-        more = Parameter(name=flag, help=help, group=_group("Settings"), show_default=False, negative=())
+    def shared(name: str, spelled: str, kind: Any, default: Any, help: str) -> inspect.Parameter:
+        more = option(help, spelled, _group("Settings"))
         return inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, more]
         )
 
     places = [
-        shared(name, flag, Path | None if name == "cache" else tuple[Path, ...], None if name == "cache" else (), help)
-        for name, (_, flag, help) in ((name, PLACES[name]) for name in PLACES)
+        shared(
+            name, spelled, Path | None if name == "cache" else tuple[Path, ...], None if name == "cache" else (), help
+        )
+        for name, (_, spelled, help) in PLACES.items()
     ]
     config = shared("config", "--config", Path | None, None, "configuration file to read instead of the usual one")
     return [*places, config, shared("json", "--json", bool, False, "one JSON object a line on stdout, errors too")]
@@ -128,8 +133,3 @@ def _shared_parameters() -> list[inspect.Parameter]:
 
 def _group(title: str) -> Group:
     return Group(title, sort_key=[*GROUPS.values(), "Settings"].index(title) + 10)
-
-
-def _escape(text: str) -> str:
-    """Keep rich from reading words in brackets as markup."""
-    return text.replace("[", "\\[")

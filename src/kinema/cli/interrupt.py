@@ -9,7 +9,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-EXIT_CODE = 130
+from kinema.errors import Cancelled
 
 
 class Interruption:
@@ -38,7 +38,7 @@ class Interruption:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
-            os._exit(EXIT_CODE)
+            os._exit(Cancelled.exit_code)
         self._asked = True
         # Not through the buffered stream: a signal may come while it is being written.
         os.write(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from kinema.cli.flags import Call
+from kinema.cli.flags import Call, option
 from kinema.cli.interrupt import Interruption
 from kinema.cli.tell import make_teller, told
 from kinema.errors import RequestError
@@ -16,18 +16,16 @@ from kinema.schema import Note
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-Source = Annotated[Path, Parameter(name="FILE", help="a LoRA file or PEFT folder", negative=())]
-Target = Annotated[Path, Parameter(name="OUT", help="the file to write, .safetensors", negative=())]
+Source = Annotated[Path, option("a LoRA file or PEFT folder", "FILE")]
+Target = Annotated[Path, option("the file to write, .safetensors", "OUT")]
 Names = Annotated[str, Parameter(help="names to write: comfyui, lightx2v, kohya, videox-fun, peft, diffusers, ...")]
-Overwrite = Annotated[bool, Parameter(help="replace OUT if it exists", negative=(), show_default=False)]
+Overwrite = Annotated[bool, option("replace OUT if it exists")]
 
 
 def lora_inspect(
     call: Call,
-    *files: Annotated[Path, Parameter(name="FILE", help="LoRA files or PEFT folders", negative=())],
-    dit: Annotated[
-        Path | None, Parameter(help="a model: what matches, and by how much it changes", negative=())
-    ] = None,
+    *files: Annotated[Path, option("LoRA files or PEFT folders", "FILE")],
+    dit: Annotated[Path | None, option("a model: what matches, and by how much it changes")] = None,
 ) -> int:
     """Say what LoRA files are: names, kinds, ranks, scales; and against a model, what matches and what does not."""
     if not files:
@@ -42,9 +40,7 @@ def lora_inspect(
     return 0
 
 
-def lora_convert(
-    call: Call, source: Source, target: Target, /, *, to: Names, overwrite: Overwrite = False
-) -> int:  # fmt: skip
+def lora_convert(call: Call, source: Source, target: Target, /, *, to: Names, overwrite: Overwrite = False) -> int:
     """Write a LoRA in another publisher's names, and read it back to be the same change."""
     from kinema.weights.lora.convert import convert_lora
 
@@ -56,15 +52,13 @@ def lora_convert(
 
 def lora_merge(
     call: Call,
-    model: Annotated[Path, Parameter(name="MODEL", help="the DiT file or folder", negative=())],
-    target: Annotated[Path, Parameter(name="OUT", help="the file to write, .safetensors or .gguf", negative=())],
+    model: Annotated[Path, option("the DiT file or folder", "MODEL")],
+    target: Annotated[Path, option("the file to write, .safetensors or .gguf", "OUT")],
     /,
     *,
-    lora: Annotated[
-        tuple[str, ...], Parameter(help="as in generate, FILE:0.8,only=PATTERN; several times", negative=())
-    ],
-    to: Annotated[str | None, Parameter(help="format of the numbers, as of kinema convert", negative=())] = None,
-    names: Annotated[str | None, Parameter(help="names of the tensors, as of kinema convert", negative=())] = None,
+    lora: Annotated[tuple[str, ...], option("as in generate, FILE:0.8,only=PATTERN; several times")],
+    to: Annotated[str | None, option("format of the numbers, as of kinema convert")] = None,
+    names: Annotated[str | None, option("names of the tensors, as of kinema convert")] = None,
     overwrite: Overwrite = False,
 ) -> int:
     """Write a model with LoRAs added to its weights."""
@@ -86,8 +80,8 @@ def lora_merge(
 
 def lora_extract(
     call: Call,
-    base: Annotated[Path, Parameter(name="BASE", help="the model to begin from", negative=())],
-    tuned: Annotated[Path, Parameter(name="TUNED", help="the model to arrive at", negative=())],
+    base: Annotated[Path, option("the model to begin from", "BASE")],
+    tuned: Annotated[Path, option("the model to arrive at", "TUNED")],
     target: Target,
     /,
     *,

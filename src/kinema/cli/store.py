@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Parameter
-
-from kinema.cli.flags import Call
+from kinema.cli.flags import Call, option
 from kinema.cli.interrupt import Interruption
 from kinema.cli.tell import Teller, gigabytes, make_teller
 from kinema.errors import CatalogError, RequestError
@@ -25,21 +23,15 @@ if TYPE_CHECKING:  # each verb imports what it needs: `kinema --help` should not
 DEFAULT_RAM = 32 * 10**9
 
 
-def _flag(help: str, name: str | None = None) -> Parameter:
-    return Parameter(name=name, help=help, negative=(), show_default=False)
-
-
-Names = Annotated[
-    str, Parameter(name="NAME", help="models, files, hf:OWNER/NAME:PATTERN or ms:OWNER/NAME", negative=())
-]
-Vram = Annotated[str | None, _flag("memory of the card, 16GB; default: this machine's")]
-Ram = Annotated[str | None, _flag("memory of the machine, 32GB; default: this machine's, with --vram 32GB")]
-Disk = Annotated[str | None, _flag("room for files, 60GB; default: not looked at")]
-Task = Annotated[str | None, _flag("t2v, i2v, flf2v, ti2v, s2v, animate, vace, fun-control, flux, ..., or a model")]
-PresetName = Annotated[str | None, _flag("a menu of models for a card: 8GB, 12GB, 16GB, 24GB, 32GB", "--preset")]
-Loras = Annotated[bool, _flag("the four-step LoRAs too")]
-Yes = Annotated[bool, _flag("do it; without it the moves are only listed")]
-Place = Annotated[Path, Parameter(name="FOLDER", help="folder", negative=())]
+Names = Annotated[str, option("models, files, hf:OWNER/NAME:PATTERN or ms:OWNER/NAME", "NAME")]
+Vram = Annotated[str | None, option("memory of the card, 16GB; default: this machine's")]
+Ram = Annotated[str | None, option("memory of the machine, 32GB; default: this machine's, with --vram 32GB")]
+Disk = Annotated[str | None, option("room for files, 60GB; default: not looked at")]
+Task = Annotated[str | None, option("t2v, i2v, flf2v, ti2v, s2v, animate, vace, fun-control, flux, ..., or a model")]
+PresetName = Annotated[str | None, option("a menu of models for a card: 8GB, 12GB, 16GB, 24GB, 32GB", "--preset")]
+Loras = Annotated[bool, option("the four-step LoRAs too")]
+Yes = Annotated[bool, option("do it; without it the moves are only listed")]
+Place = Annotated[Path, option("folder", "FOLDER")]
 
 
 def models(call: Call) -> int:
@@ -51,7 +43,7 @@ def models(call: Call) -> int:
     return 0
 
 
-def search(call: Call, *words: Annotated[str, Parameter(name="WORD", help="words all of which a file has")]) -> int:
+def search(call: Call, *words: Annotated[str, option("words all of which a file has", "WORD")]) -> int:
     """Find published files by name or by words, names that were never published included."""
     from kinema.catalog.files import find_files
     from kinema.cli.store_pages import files_page
@@ -63,7 +55,7 @@ def search(call: Call, *words: Annotated[str, Parameter(name="WORD", help="words
     return 0
 
 
-def show(call: Call, *words: Annotated[str, Parameter(name="NAME", help="a model or a file")]) -> int:
+def show(call: Call, *words: Annotated[str, option("a model or a file", "NAME")]) -> int:
     """Show a model with all its files, or a file with all that is known of it."""
     from kinema.catalog.files import find_files
     from kinema.catalog.table import named
@@ -109,8 +101,8 @@ def pull(
     ram: Ram = None,
     disk: Disk = None,
     loras: Loras = False,
-    to: Annotated[Path | None, _flag("models folder to write to")] = None,
-    source: Annotated[Literal["hf", "ms"], _flag("hf: Hugging Face or HF_ENDPOINT; ms: ModelScope")] = "hf",
+    to: Annotated[Path | None, option("models folder to write to")] = None,
+    source: Annotated[Literal["hf", "ms"], option("hf: Hugging Face or HF_ENDPOINT; ms: ModelScope")] = "hf",
 ) -> int:
     """Fetch the files of models, tasks, presets or repositories: resumable, hash-checked, once for all processes."""
     from kinema.provision import order
@@ -131,10 +123,8 @@ def pull(
 
 def verify(
     call: Call,
-    *paths: Annotated[
-        Path, Parameter(name="PATH", help="files or folders; default: all that is searched", negative=())
-    ],
-    full: Annotated[bool, _flag("read every byte, not headers alone")] = False,
+    *paths: Annotated[Path, option("files or folders; default: all that is searched", "PATH")],
+    full: Annotated[bool, option("read every byte, not headers alone")] = False,
 ) -> int:
     """Say whether files are what their names say: right, truncated, altered, another model, unknown."""
     from kinema.catalog.verify import SUFFIXES, checkpoints
@@ -156,7 +146,7 @@ def verify(
     return 4 if faults else 0
 
 
-def where(call: Call, *words: Annotated[str, Parameter(name="NAME", help="a model or a file")]) -> int:
+def where(call: Call, *words: Annotated[str, option("a model or a file", "NAME")]) -> int:
     """Print where the files of a name lie on this machine."""
     from kinema.catalog.files import find_files
     from kinema.catalog.table import named
@@ -220,7 +210,7 @@ def prune(call: Call, *, yes: Yes = False) -> int:
     return _moves(call, leftovers(folders.roots), [], yes)
 
 
-def import_files(call: Call, folder: Place, /, *, to: Annotated[Path | None, _flag("models folder")] = None) -> int:
+def import_files(call: Call, folder: Place, /, *, to: Annotated[Path | None, option("models folder")] = None) -> int:
     """Link known files of a ComfyUI folder or a hub cache into the models folder, without copying."""
     from kinema.catalog.folders import store_root
     from kinema.catalog.moves import imports
@@ -232,11 +222,11 @@ def import_files(call: Call, folder: Place, /, *, to: Annotated[Path | None, _fl
 
 def migrate(
     call: Call,
-    old: Annotated[Path, Parameter(name="OLD", help="models folder, or ComfyUI's own")],
-    new: Annotated[Path, Parameter(name="NEW", help="where its files shall be")],
+    old: Annotated[Path, option("models folder, or ComfyUI's own", "OLD")],
+    new: Annotated[Path, option("where its files shall be", "NEW")],
     /,
     *,
-    link: Annotated[bool, _flag("link files instead of moving them")] = False,
+    link: Annotated[bool, option("link files instead of moving them")] = False,
     yes: Yes = False,
 ) -> int:
     """Bring a models folder to another place, and tell ComfyUI by an extra_model_paths.yaml."""

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Group, Parameter
+from cyclopts import Group
 
 from kinema.cli import store
-from kinema.cli.flags import Call
+from kinema.cli.flags import Call, option
 from kinema.cli.interrupt import Interruption
 from kinema.cli.tell import make_teller, told
 from kinema.errors import CatalogError, KinemaError, RequestError
@@ -21,24 +21,20 @@ if TYPE_CHECKING:
 
 DEMO_PROMPT = "a large yellow star moves right on a dark green background"
 DEMO_SEED = 1
-THEN_HELP = 'a model that goes on from the picture made, with options of its own: "wan2.2-i2v-a14b it runs --f 81"'
+THEN = option('a model that goes on from the picture made, with options of its own: "wan2.2-i2v-a14b it runs --f 81"')
 MANY = Group("Many prompts", sort_key=9)
-
-
-def _switch(help: str, group: Group | None = None) -> Parameter:
-    return Parameter(help=help, group=group, negative=(), show_default=False)
 
 
 def generate(
     call: Call,
     *,
-    interactive: Annotated[bool, _switch("read prompt lines at a prompt; models stay loaded", MANY)] = False,
+    interactive: Annotated[bool, option("read prompt lines at a prompt; models stay loaded", group=MANY)] = False,
     from_file: Annotated[
-        Path | None, _switch("a batch: .txt with options in its lines, .jsonl, .csv, or a folder of images", MANY)
+        Path | None, option("a batch: .txt with options in its lines, .jsonl, .csv, or a folder of images", group=MANY)
     ] = None,
-    fresh: Annotated[bool, _switch("with --from-file: forget its manifest, do every line again", MANY)] = False,
-    then: Annotated[str | None, _switch(THEN_HELP)] = None,
-    pull: Annotated[bool, _switch("fetch files of the model that are not installed")] = False,
+    fresh: Annotated[bool, option("with --from-file: forget its manifest, do every line again", group=MANY)] = False,
+    then: Annotated[str | None, THEN] = None,
+    pull: Annotated[bool, option("fetch files of the model that are not installed")] = False,
 ) -> int:
     """Make videos or images."""
     if then is not None and (interactive or from_file is not None):
@@ -72,7 +68,7 @@ def generate(
         return sessions.run_batch(from_file, fields, call.configuration.settings, teller, fresh=fresh)
 
 
-def plan(call: Call, *, then: Annotated[str | None, _switch(THEN_HELP)] = None) -> int:
+def plan(call: Call, *, then: Annotated[str | None, THEN] = None) -> int:
     """Show every decision of a run, without loading a weight."""
     request = make_request(merge(call.configuration.defaults, call.fields))
     from kinema.cli.plans import plan_text
@@ -87,7 +83,7 @@ def plan(call: Call, *, then: Annotated[str | None, _switch(THEN_HELP)] = None) 
 
 def inspect_files(
     call: Call,
-    *files: Annotated[Path, Parameter(name="FILE", help="weights, latents or outputs of Kinema", negative=())],
+    *files: Annotated[Path, option("weights, latents or outputs of Kinema", "FILE")],
 ) -> int:
     """Say what files are: family, structure, dialect, dtype, parameters, likely role."""
     from kinema.cli.inspection import inspect_file
@@ -107,12 +103,12 @@ def inspect_files(
 
 def convert(
     call: Call,
-    source: Annotated[Path, Parameter(name="IN", help="a checkpoint: file, folder, index or shard")],
-    target: Annotated[Path, Parameter(name="OUT", help="a .safetensors or .gguf file")],
+    source: Annotated[Path, option("a checkpoint: file, folder, index or shard", "IN")],
+    target: Annotated[Path, option("a .safetensors or .gguf file", "OUT")],
     /,
     *,
-    to: Annotated[str | None, _switch("what the large matrices become; default: as they are")] = None,
-    names: Annotated[str | None, _switch("official, comfyui, diffusers, transformers or gguf names")] = None,
+    to: Annotated[str | None, option("what the large matrices become; default: as they are")] = None,
+    names: Annotated[str | None, option("official, comfyui, diffusers, transformers or gguf names")] = None,
 ) -> int:
     """Write a checkpoint as another: other numbers, other names, another container; then read it back."""
     from kinema.cli.inspection import converted_text
@@ -138,10 +134,10 @@ def doctor(call: Call) -> int:
 
 def replay(
     call: Call,
-    file: Annotated[Path, Parameter(name="FILE", help="an output of Kinema, or the .json plan beside it")],
+    file: Annotated[Path, option("an output of Kinema, or the .json plan beside it", "FILE")],
     /,
     *,
-    allow_changed: Annotated[bool, _switch("go on where a weight file is not the one of the plan")] = False,
+    allow_changed: Annotated[bool, option("go on where a weight file is not the one of the plan")] = False,
 ) -> int:
     """Make an output again from the plan it carries, beside it as NAME-replay."""
     from kinema.cli.replays import replay_plan
@@ -152,7 +148,7 @@ def replay(
 
 def decode(
     call: Call,
-    latents: Annotated[Path, Parameter(name="LATENTS", help="a latents file of Kinema, or a folder of finished clips")],
+    latents: Annotated[Path, option("a latents file of Kinema, or a folder of finished clips", "LATENTS")],
     /,
 ) -> int:
     """Make the video of a latents file."""
@@ -162,16 +158,16 @@ def decode(
 
 def control(
     call: Call,
-    kind: Annotated[str, Parameter(name="KIND", help="canny, scribble, depth or pose")],
-    video: Annotated[Path, Parameter(name="VIDEO", help="a clip, an animated image or a folder of frames")],
+    kind: Annotated[str, option("canny, scribble, depth or pose", "KIND")],
+    video: Annotated[Path, option("a clip, an animated image or a folder of frames", "VIDEO")],
     /,
     *,
-    low: Annotated[float | None, _switch("canny: gradient from which an edge goes on; 100")] = None,
-    high: Annotated[float | None, _switch("canny: gradient from which an edge begins; 200")] = None,
-    threshold: Annotated[float | None, _switch("scribble: gradient from which an outline begins; 60")] = None,
-    weights: Annotated[Path | None, _switch("depth: folder of a Depth Anything V2 model")] = None,
-    detector: Annotated[Path | None, _switch("pose: yolov10m.onnx, which finds people")] = None,
-    points: Annotated[Path | None, _switch("pose: vitpose_h_wholebody.onnx, which finds their joints")] = None,
+    low: Annotated[float | None, option("canny: gradient from which an edge goes on; 100")] = None,
+    high: Annotated[float | None, option("canny: gradient from which an edge begins; 200")] = None,
+    threshold: Annotated[float | None, option("scribble: gradient from which an outline begins; 60")] = None,
+    weights: Annotated[Path | None, option("depth: folder of a Depth Anything V2 model")] = None,
+    detector: Annotated[Path | None, option("pose: yolov10m.onnx, which finds people")] = None,
+    points: Annotated[Path | None, option("pose: vitpose_h_wholebody.onnx, which finds their joints")] = None,
 ) -> int:
     """Make a control video of a clip: edges, scribbles, depth or skeletons."""
     from kinema.control_video import ControlOptions, check_kind, make_control
@@ -190,20 +186,20 @@ def control(
 
 def drive(
     call: Call,
-    video: Annotated[Path, Parameter(name="VIDEO", help="a video of one person")],
+    video: Annotated[Path, option("a video of one person", "VIDEO")],
     /,
     *,
-    replace: Annotated[bool, _switch("make mask and background too, to put somebody else into the video")] = False,
-    no_retarget: Annotated[bool, _switch("keep the driver's own limbs, whatever the reference's body")] = False,
+    replace: Annotated[bool, option("make mask and background too, to put somebody else into the video")] = False,
+    no_retarget: Annotated[bool, option("keep the driver's own limbs, whatever the reference's body")] = False,
     neutral: Annotated[
-        str | None, _switch("model that puts both in a neutral pose to measure their limbs: flux.1-kontext-dev")
+        str | None, option("model that puts both in a neutral pose to measure their limbs: flux.1-kontext-dev")
     ] = None,
-    columns: Annotated[int, _switch("columns of the mask's blocks; 1 by 1 makes it a box")] = 1,
-    rows: Annotated[int, _switch("rows of the mask's blocks")] = 1,
-    detector: Annotated[Path | None, _switch("yolov10m.onnx, which finds people")] = None,
-    points: Annotated[Path | None, _switch("vitpose_h_wholebody.onnx, which finds their joints")] = None,
+    columns: Annotated[int, option("columns of the mask's blocks; 1 by 1 makes it a box")] = 1,
+    rows: Annotated[int, option("rows of the mask's blocks")] = 1,
+    detector: Annotated[Path | None, option("yolov10m.onnx, which finds people")] = None,
+    points: Annotated[Path | None, option("vitpose_h_wholebody.onnx, which finds their joints")] = None,
     sam2: Annotated[
-        Path | None, _switch("sam2_hiera_large.encoder.onnx, its decoder beside it, for the mask's outline")
+        Path | None, option("sam2_hiera_large.encoder.onnx, its decoder beside it, for the mask's outline")
     ] = None,
 ) -> int:
     """Make the videos that drive Animate of a video: skeleton, face, and for replacement mask and background."""
@@ -231,7 +227,7 @@ def drive(
 
 def resume(
     call: Call,
-    kept: Annotated[Path, Parameter(name="PATH", help="saved steps or finished clips that a stopped run left")],
+    kept: Annotated[Path, option("saved steps or finished clips that a stopped run left", "PATH")],
     /,
 ) -> int:
     """Go on with a run that was stopped, to the same bits as if it had not been."""
