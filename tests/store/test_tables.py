@@ -216,6 +216,18 @@ def test_a_row_that_is_no_file_is_refused_with_its_place(tmp_path: Path, row: st
     assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [(b"# caf\xe9", "is not TOML"), (b"[models", "is not TOML"), (b"[model.x]", "unknown tables: model")],
+)
+@pytest.mark.parametrize("load", [load_catalog, load_store])
+def test_a_file_that_is_no_catalog_is_refused(tmp_path: Path, load, data: bytes, word: str):
+    file = tmp_path / "own.toml"
+    file.write_bytes(data)
+    with pytest.raises(CatalogError, match=word):
+        load((file,))
+
+
 def test_folders_are_those_of_comfyui():
     known = {name for names in KEYS.values() for name in names} | {
         "xlabs",

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from kinema.catalog.table import letters, load_catalog
+from kinema.catalog.table import faults, letters, load_catalog, read_tables
 from kinema.errors import CatalogError, RequestError
 from kinema.schema import CatalogEntry, Frozen
 
@@ -138,7 +138,7 @@ def load_store(extra: Sequence[Path] = ()) -> Store:
     Raises CatalogError for a row that is no file.
     """
     shipped = _shipped()
-    own = [file for path in extra for file in _user_files(path)]
+    own = [file for path in extra for file in read_files(str(path), read_tables(path).get("repositories", {}))]
     named = {(file.repository, file.path) for file in own}
     rest = (file for file in shipped.files if (file.repository, file.path) not in named)
     return replace(shipped, files=(*own, *rest), models=load_catalog(extra)) if extra else shipped
@@ -158,16 +158,6 @@ def _shipped() -> Store:
     )
 
 
-def _user_files(path: Path) -> list[CatalogFile]:
-    try:
-        table = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CatalogError(f"catalog file {path} cannot be read: {error.strerror}", name=str(path)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise CatalogError(f"catalog file {path} is not TOML: {error}", name=str(path)) from error
-    return read_files(str(path), table.get("repositories", {}))
-
-
 def read_files(source: str, repositories: Mapping[str, Any]) -> list[CatalogFile]:
     """Return the rows of a `repositories` table; what stands beside `files` holds for every row without its own."""
     found = []
@@ -177,14 +167,10 @@ def read_files(source: str, repositories: Mapping[str, Any]) -> list[CatalogFile
             try:
                 found.append(CatalogFile.model_validate({"repository": repository, **shared, **row}))
             except (ValidationError, TypeError) as error:
-                raise CatalogError(f"{source}, {repository}, file {number}: {_fault(error)}", name=source) from error
+                table_only = "a file is a table such as { path = 'model.safetensors', role = 'dit' }"
+                fault = faults(error) if isinstance(error, ValidationError) else table_only
+                raise CatalogError(f"{source}, {repository}, file {number}: {fault}", name=source) from error
     return found
-
-
-def _fault(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return "a file is a table such as { path = 'model.safetensors', role = 'dit' }"
-    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
 ADDRESS = re.compile(r"^https?://[^/]+/|(?<=/)(resolve|blob)/[^/]+/|[?#].*$")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,11 @@ def load_catalog(extra: Sequence[Path] = ()) -> dict[str, CatalogEntry]:
 
     Raises CatalogError for a file that cannot be read or a row that is not a model.
     """
-    shipped = resources.files("kinema.catalog").joinpath("models.toml").read_text("utf-8")
-    documents = [("kinema/catalog/models.toml", shipped)]
-    for path in extra:
-        try:
-            documents.append((str(path), Path(path).read_text("utf-8")))
-        except OSError as error:
-            raise CatalogError(f"catalog file {path} cannot be read: {error.strerror}", name=str(path)) from error
+    shipped = tomllib.loads(resources.files("kinema.catalog").joinpath("models.toml").read_text("utf-8"))
     catalog: dict[str, CatalogEntry] = {}
     shared: dict[str, Any] = {}
     negatives: dict[str, str] = {}
-    for source, text in documents:
-        table = _parse(source, text)
+    for source, table in (("kinema/catalog/models.toml", shipped), *((str(path), read_tables(path)) for path in extra)):
         shared |= table.get("shared", {})
         negatives |= table.get("negatives", {})
         for name, row in table.get("models", {}).items():
@@ -72,23 +65,31 @@ def matching_entries(config: Mapping[str, Any], catalog: Mapping[str, CatalogEnt
     return [entry for entry in catalog.values() if entry.misfit(config) is None]
 
 
-def _parse(source: str, text: str) -> dict[str, Any]:
+def read_tables(path: Path) -> dict[str, Any]:
+    """Return the tables of a catalog file of the user; CatalogError for a file that is none."""
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        tables = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CatalogError(f"catalog file {path} cannot be read: {error.strerror}", name=str(path)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CatalogError(
-            f"catalog file {source} is not TOML: {error}",
+            f"catalog file {path} is not TOML: {error}",
             "write models as the file kinema/catalog/models.toml does, [models.NAME]",
-            name=source,
+            name=str(path),
         ) from error
-    unknown = set(table) - {"models", "negatives", "shared", "repositories"}
-    if unknown:
+    known = ("models", "negatives", "shared", "repositories")
+    if unknown := sorted(set(tables) - set(known)):
         raise CatalogError(
-            f"catalog file {source} has unknown tables: {', '.join(sorted(unknown))}",
-            "allowed: models, negatives, shared, repositories",
-            name=source,
+            f"catalog file {path} has unknown tables: {', '.join(unknown)}",
+            f"allowed: {', '.join(known)}",
+            name=str(path),
         )
-    return table
+    return tables
+
+
+def faults(error: ValidationError) -> str:
+    """Return what is wrong with a row, field by field."""
+    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
 
 
 def _entry(
@@ -109,5 +110,4 @@ def _entry(
     try:
         return CatalogEntry.model_validate(fields)
     except ValidationError as error:
-        faults: Iterable[str] = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise CatalogError(f"model {name!r} in {source}: {'; '.join(faults)}", name=name) from error
+        raise CatalogError(f"model {name!r} in {source}: {faults(error)}", name=name) from error
