@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,12 @@ from pydantic import SecretStr
 import kinema
 from kinema.catalog.files import CatalogFile
 from kinema.catalog.hub import HubClient
-from kinema.catalog.pull import Wanted, pull, wanted, wanted_from
+from kinema.catalog.pull import Wanted, pull, wanted, wanted_from, wanted_of
 from kinema.catalog.sources import Source, parse_source
 from kinema.catalog.transfer import record_of
 from kinema.errors import Cancelled, CatalogError, MachineError
 from kinema.schema import Event, Hub, Note, Progress, Settings
-from store.hub import FakeHub, running_hub
+from store.hub import FakeHub, Stored, running_hub
 
 KIB = 1024
 DATA = random.Random(7).randbytes(1000 * KIB + 13)
@@ -354,6 +355,22 @@ def test_modelscope_helps_where_the_length_is_known_exactly_and_says_so(hub: Fak
     assert any(isinstance(event, Note) and "comes from ModelScope" in event.text for event in events)
 
 
+def test_modelscope_helps_with_a_folder_whose_length_is_known_exactly(hub: FakeHub, tmp_path: Path):
+    names = ("spiece.model", "tokenizer.json")
+    for name in (*names, "../config.json"):
+        hub.modelscope[f"Org/Repo/google/umt5-xxl/{name}".replace("umt5-xxl/../", "")] = Stored(name.encode())
+    gone = hub.hub.model_copy(update={"endpoint": "http://127.0.0.1:9"})
+    folder = Wanted("Org/Repo", "google/umt5-xxl/", "text_encoders/umt5-xxl", bytes=sum(map(len, names)))
+    with pytest.raises(CatalogError, match="cannot be reached") as caught:
+        get(hub, tmp_path, replace(folder, bytes=27), settings=gone)
+    assert "has a folder of this name, 26 bytes" in caught.value.hint
+    events = get(hub, tmp_path, folder, settings=gone)
+    assert [(tmp_path / folder.place / name).read_text() for name in names] == list(names)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert len(notes) == 1 and "google/umt5-xxl/ comes from ModelScope, whose length" in notes[0]
+    assert sum("/repo/files" in line for line in hub.log) == 2, "a repository is listed once a pull"
+
+
 def test_modelscope_can_be_named(hub: FakeHub, tmp_path: Path):
     hub.modelscope["Org/Repo/vae/x.safetensors"] = hub.files["Org/Repo/vae/x.safetensors"]
     client = HubClient(hub.hub, patience=0)
@@ -361,6 +378,9 @@ def test_modelscope_can_be_named(hub: FakeHub, tmp_path: Path):
     client.close()
     get(hub, tmp_path, file)
     assert (tmp_path / "Org/Repo/vae/x.safetensors").read_bytes() == DATA
+    with pytest.raises(CatalogError, match="has no file that matches") as caught:
+        HubClient(hub.hub, patience=0).listing(Source("ms", "Org/Repo", "*.bin"))
+    assert hub.hub.modelscope in caught.value.hint
 
 
 # --- disks ------------------------------------------------------------------------------------------------------
@@ -390,6 +410,26 @@ def test_a_file_of_another_length_is_not_overwritten(hub: FakeHub, tmp_path: Pat
     with pytest.raises(CatalogError, match="is there with 4 bytes"):
         get(hub, tmp_path)
     assert place.read_bytes() == b"mine" and hub.served == 0
+
+
+def test_a_file_of_another_repository_is_not_taken_for_the_one_that_is_there(hub: FakeHub, tmp_path: Path):
+    get(hub, tmp_path)
+    hub.add("Other/Repo/vae/x.safetensors", DATA[::2])
+    with pytest.raises(CatalogError, match="the file of Other/Repo has"):
+        get(hub, tmp_path, Wanted("Other/Repo", MODEL.path, MODEL.place))
+    hub.add("Same/Repo/vae/x.safetensors", DATA)
+    assert get(hub, tmp_path, Wanted("Same/Repo", MODEL.path, MODEL.place)) == []
+
+
+def test_a_folder_that_cannot_be_written_is_told(hub: FakeHub, tmp_path: Path):
+    (tmp_path / "models").write_text("a file")
+    with pytest.raises(MachineError, match="writing failed: Not a directory"):
+        get(hub, tmp_path / "models")
+
+
+def test_what_two_addresses_name_is_fetched_once(hub: FakeHub):
+    rows = wanted_of((), ("hf:Org/Repo", "hf:Org/Repo:vae/*"), hub.hub, "hf")
+    assert [row.path for row in rows] == ["vae/x.safetensors"]
 
 
 def test_a_folder_that_is_a_link_to_another_place_is_written_there(hub: FakeHub, tmp_path: Path):

@@ -56,6 +56,7 @@ class HubClient:
         self.hub = hub
         self.patience = patience
         self._gone: set[str] = set()  # hosts that did not answer: asked once more, not TRIES times
+        self._listed: dict[str, list[Remote]] = {}  # by repository: ModelScope describes files in its listing alone
         limits = httpx2.Limits(max_connections=connections + 2, max_keepalive_connections=connections + 2)
         self.http = httpx2.Client(
             headers={"User-Agent": f"kinema/{VERSION}", "Accept-Encoding": "identity"},
@@ -102,9 +103,10 @@ class HubClient:
         rows = self._tree(source.repository) if source.hub == "hf" else self._files(source.repository)
         found = sorted((row for row in rows if fnmatch.fnmatchcase(row.path, source.pattern)), key=lambda row: row.path)
         if not found:
+            page = f"{self.hub.endpoint}/{source.repository}/tree/main" if source.hub == "hf" else self.hub.modelscope
             raise CatalogError(
                 f"{source.repository} has no file that matches {source.pattern!r}",
-                f"see {self.hub.endpoint}/{source.repository}/tree/main",
+                f"see {page}",
                 name=source.repository,
             )
         return found
@@ -190,7 +192,12 @@ class HubClient:
 
     # --- ModelScope ---------------------------------------------------------------------------------
 
-    def _files(self, repository: str) -> Iterator[Remote]:
+    def _files(self, repository: str) -> list[Remote]:
+        if repository not in self._listed:
+            self._listed[repository] = list(self._modelscope(repository))
+        return self._listed[repository]
+
+    def _modelscope(self, repository: str) -> Iterator[Remote]:
         owner, _, name = repository.partition("/")
         named = f"{MODELSCOPE_OWNERS.get(owner, owner)}/{name}"
         url = f"{self.hub.modelscope}/api/v1/models/{named}/repo/files?Revision=master&Recursive=true"

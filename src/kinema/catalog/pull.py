@@ -19,15 +19,14 @@ import filelock
 import httpx2
 
 from kinema.catalog.files import CatalogFile
-from kinema.catalog.hub import HubClient, Remote
+from kinema.catalog.hub import TRIES, HubClient, Remote
 from kinema.catalog.sources import HubName, Source, parse_source
 from kinema.catalog.transfer import Transfer, WrongHash, record_of
-from kinema.errors import Cancelled, CatalogError, KinemaError, MachineError
+from kinema.errors import Cancelled, CatalogError, MachineError
 from kinema.schema import Event, Hub, Note, Progress
 
 CHUNK = 64 * 2**20
 CONNECTIONS = 8
-TRIES = 6
 SPARE = 256 * 2**20
 """Bytes that are left free on a disk."""
 
@@ -36,7 +35,10 @@ Stop = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Wanted:
-    """One file to fetch: where from, and where below the models folder it belongs. A path ending in / is a folder."""
+    """One file to fetch: where from, and where below the models folder it belongs. A path ending in / is a folder.
+
+    bytes   exact; of a folder all its files together.
+    """
 
     repository: str
     path: str
@@ -54,7 +56,7 @@ def wanted(files: Sequence[CatalogFile], hub: HubName = "hf") -> list[Wanted]:
         for path in file.paths or (file.path,):
             place = file.place if path == file.path else f"{file.place.rpartition('/')[0]}/{path.rpartition('/')[2]}"
             found.append(Wanted(file.repository, path, place, hub, size, file.sha256))
-    return list(dict.fromkeys(found))
+    return found
 
 
 def wanted_from(source: Source, client: HubClient) -> list[Wanted]:
@@ -72,7 +74,7 @@ def wanted_of(files: Sequence[CatalogFile], addresses: Sequence[str], hub: Hub, 
             rows += [row for found in sources for row in wanted_from(found, client)]
         finally:
             client.close()
-    return rows
+    return list(dict.fromkeys(rows))
 
 
 def pull(
@@ -89,17 +91,24 @@ def pull(
     """Fetch files into `root`, yielding Progress in bytes; what is there already is not fetched again.
 
     Everything that can be known is asked first: sizes, hashes, gates, room on the disk.
-    Raises CatalogError for what cannot be had or arrives wrong twice, MachineError for a disk that is too small.
+    Raises CatalogError for what cannot be had or arrives wrong twice, MachineError for a disk that is too small, and
+    for a folder that cannot be written.
     """
     client = HubClient(hub, connections=connections, patience=patience, timeout=timeout)
     try:
-        expanded = [one for file in files for one in _expanded(file, client)]
-        missing = [file for file in expanded if not _is_there(file, root, client)]
-        described = [(file, _described(file, client)) for file in missing]
-        yield from (_elsewhere(file, remote) for file, remote in described if remote.hub != file.hub)
-        transfers = [Transfer(remote, root / file.place, chunk) for file, remote in described]
+        single = [(file, one) for file in files for one in _expanded(file, client)]
+        missing = [(file, one) for file, one in single if not _is_there(one, root, client)]
+        coming = [(file, _described(one, client), root / one.place) for file, one in missing]
+        yield from dict.fromkeys(_elsewhere(file, remote) for file, remote, _ in coming if remote.hub != file.hub)
+        transfers = [Transfer(remote, place, chunk) for _, remote, place in coming]
         _check_room(transfers)
         yield from _run(transfers, client, connections, cancelled)
+    except OSError as error:
+        raise MachineError(
+            f"writing failed: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""),
+            "make room on the disk, or pull to another folder: --to FOLDER; what came so far is kept, and the same "
+            "command goes on from there",
+        ) from error
     finally:
         client.close()
 
@@ -108,28 +117,42 @@ def pull(
 
 
 def _expanded(file: Wanted, client: HubClient) -> list[Wanted]:
+    """Return every file of a folder, or the file itself."""
     if not file.path.endswith("/"):
         return [file]
-    rows = client.listing(Source(file.hub, file.repository, file.path + "*"))
+    pattern = f"{file.path}*"
+    try:
+        rows = client.listing(Source(file.hub, file.repository, pattern))
+    except CatalogError as error:
+        rows = _from_modelscope(file, error, lambda: client.listing(Source("ms", file.repository, pattern)))
     return [Wanted(r.repository, r.path, f"{file.place}/{r.path.removeprefix(file.path)}", r.hub) for r in rows]
 
 
 def _described(file: Wanted, client: HubClient) -> Remote:
-    """Ask the hub; ModelScope where Hugging Face cannot be reached, and has the very file by its hash or its length."""
     try:
         return client.describe(file.repository, file.path, file.hub)
     except CatalogError as error:
-        if file.hub == "ms" or not error.details.get("unreachable"):
-            raise
-        with suppress(CatalogError):
-            found = client.describe(file.repository, file.path, "ms")
-            if found.sha256 == file.sha256 if file.sha256 and found.sha256 else found.bytes == file.bytes:
-                return found
-            error.hint = (
-                f"ModelScope has a file of this name, {found.bytes:,} bytes, and the catalog does not know enough to "
-                f"say that it is the same: --source ms takes it all the same\n{error.hint}"
-            )
-        raise
+        return _from_modelscope(file, error, lambda: [client.describe(file.repository, file.path, "ms")])[0]
+
+
+def _from_modelscope(file: Wanted, error: CatalogError, ask: Callable[[], list[Remote]]) -> list[Remote]:
+    """Return what ModelScope has where Hugging Face cannot be reached, if it is the very same by hash or by length.
+
+    Raises `error` where it is not, and where another thing went wrong.
+    """
+    if file.hub == "ms" or not error.details.get("unreachable"):
+        raise error
+    with suppress(CatalogError):
+        found = ask()
+        size, digest = sum(remote.bytes for remote in found), found[0].sha256
+        if digest == file.sha256 if file.sha256 and digest else size == file.bytes:
+            return found
+        kind = "folder" if file.path.endswith("/") else "file"
+        error.hint = (
+            f"ModelScope has a {kind} of this name, {size:,} bytes, and the catalog does not know enough to say that "
+            f"it is the same: --source ms takes it all the same\n{error.hint}"
+        )
+    raise error
 
 
 def _elsewhere(file: Wanted, remote: Remote) -> Note:
@@ -146,8 +169,9 @@ def _is_there(file: Wanted, root: Path, client: HubClient) -> bool:
     place = root / file.place
     if not place.is_file():
         return False
-    record, size = record_of(place), place.stat().st_size
-    expected = record["bytes"] if record and record.get("path") == file.path else file.bytes
+    record, size = record_of(place) or {}, place.stat().st_size
+    was_pulled = (record.get("repository"), record.get("path")) == (file.repository, file.path)
+    expected = record["bytes"] if was_pulled else file.bytes
     expected = _described(file, client).bytes if expected is None else expected
     if expected == size:
         return True
@@ -245,6 +269,8 @@ class _Crew:
 
 
 def _fetch(transfers: list[Transfer], client: HubClient, connections: int, cancelled: Stop) -> Iterator[Event]:
+    if not transfers:
+        return
     again: list[Transfer] = []
     for transfer in transfers:
         transfer.open()
@@ -285,9 +311,8 @@ def _fetch_pieces(transfers: list[Transfer], client: HubClient, connections: int
         for thread in threads:
             thread.join()
     if crew.faults:
-        raise _told(crew.faults[0])
-    if transfers:  # the end is told however quick it came
-        yield _progress(transfers, begin, already)
+        raise crew.faults[0]
+    yield _progress(transfers, begin, already)  # the end is told however quick it came
 
 
 def _progress(transfers: list[Transfer], begin: float, already: int) -> Progress:
@@ -297,15 +322,6 @@ def _progress(transfers: list[Transfer], begin: float, already: int) -> Progress
     eta = (total - done) / rate if rate > 0 else None
     names = transfers[0].place.name if len(transfers) == 1 else f"{len(transfers)} files"
     return Progress(stage=f"pull {names}", done=done, total=total, unit="bytes", rate=rate, eta_seconds=eta)
-
-
-def _told(fault: BaseException) -> BaseException:
-    if isinstance(fault, OSError) and not isinstance(fault, KinemaError):
-        return MachineError(
-            f"writing failed: {fault.strerror or fault}",
-            "free some room on the disk; what came so far is kept, and the same command goes on from there",
-        )
-    return fault
 
 
 def _fetch_piece(transfer: Transfer, index: int, client: HubClient, stop: threading.Event) -> None:
