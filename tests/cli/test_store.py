@@ -12,7 +12,8 @@ import pytest
 
 from checkpoints import manifest, write_sparse
 from conftest import Cli
-from kinema.catalog.files import load_store
+from kinema.catalog.files import CatalogFile, Store, load_store
+from kinema.catalog.moves import carry_out, imports
 from kinema.provision import TIERS, Card, preset, provide
 from store.hub import FakeHub, running_hub
 
@@ -244,6 +245,29 @@ def test_import_leaves_out_what_has_another_length(cli: Cli, root: Path, tmp_pat
     other.write_bytes(DATA)
     ran = cli("models", "import", tmp_path / "other")
     assert "left out" in ran.out and "253815318" in ran.out.replace(",", "") and not (root / "vae").exists()
+
+
+def test_what_is_imported_already_is_not_left_out(tmp_path: Path):
+    rows = tuple(
+        CatalogFile(repository=f"{name}/r", path="x.pth", folder="vae", role="vae", bytes=size, size="exact")
+        for name, size in (("a", 3), ("b", 4))
+    )
+    other, store = tmp_path / "other", Store(rows, {})
+    (other / "vae").mkdir(parents=True)
+    (other / "vae/x.pth").write_bytes(b"abc")
+    moves, left = imports(other, tmp_path / "models", store)
+    assert [move.target for move in moves] == [tmp_path / "models/vae/x.pth"] and left == []
+    carry_out(moves)
+    assert imports(other, tmp_path / "models", store) == ([], [])
+
+
+def test_a_move_that_fails_is_told(cli: Cli, tmp_path: Path):
+    (tmp_path / "old/vae").mkdir(parents=True)
+    (tmp_path / "old/vae/a.pth").write_bytes(DATA)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/vae").write_text("a file where a folder belongs")
+    ran = cli("models", "migrate", tmp_path / "old", tmp_path / "new", "--yes")
+    assert ran.code == 5 and "cannot move" in ran.err and (tmp_path / "old/vae/a.pth").read_bytes() == DATA
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -202,6 +202,15 @@ def test_shards_count_only_when_all_are_there(tmp_path: Path):
     assert folders.locate(file) == tmp_path / "Repo/m.safetensors.index.json"
 
 
+def test_a_folder_counts_only_when_a_file_is_in_it(tmp_path: Path):
+    file = CatalogFile(repository="Org/Repo", path="google/umt5-xxl/", folder="text_encoders", role="tokenizer")
+    folders = Folders.of(Settings(models=(tmp_path,)))
+    touch(tmp_path / "text_encoders/umt5-xxl/.kinema/spiece.model.part")
+    assert folders.locate(file) is None, "a pull that broke off"
+    touch(tmp_path / "text_encoders/umt5-xxl/spiece.model")
+    assert folders.locate(file) == tmp_path / "text_encoders/umt5-xxl"
+
+
 def test_the_first_root_wins_over_the_second(tmp_path: Path):
     first, second = touch(tmp_path / "a/vae/x.safetensors"), touch(tmp_path / "b/vae/x.safetensors")
     settings = Settings(models=(tmp_path / "a", tmp_path / "b"))

@@ -20,9 +20,10 @@ from pydantic import SecretStr
 
 import kinema
 from kinema.catalog.files import CatalogFile
+from kinema.catalog.folders import Folders
 from kinema.catalog.hub import HubClient
 from kinema.catalog.pull import Wanted, pull, wanted, wanted_from, wanted_of
-from kinema.catalog.sources import Source, parse_source
+from kinema.catalog.sources import Source, fetched, parse_source
 from kinema.catalog.transfer import record_of
 from kinema.errors import Cancelled, CatalogError, MachineError
 from kinema.schema import Event, Hub, Note, Progress, Settings
@@ -98,6 +99,14 @@ def test_any_repository_can_be_had_by_pattern(hub: FakeHub, tmp_path: Path):
     with pytest.raises(CatalogError, match=r"matches '\*\.bin'"):
         client.listing(Source("hf", "Org/Repo", "*.bin"))
     client.close()
+
+
+def test_a_pattern_names_files_and_not_what_is_noted_of_them(hub: FakeHub, tmp_path: Path):
+    address, client = parse_source("hf:Org/Repo:*x*"), HubClient(hub.hub, patience=0)
+    get(hub, tmp_path, *wanted_from(address, client))
+    client.close()
+    folders = Folders.of(Settings(models=(tmp_path,)))
+    assert fetched(address, folders) == tmp_path / "Org/Repo/vae/x.safetensors"
 
 
 def test_a_folder_of_the_catalog_is_all_of_its_files(hub: FakeHub, tmp_path: Path):

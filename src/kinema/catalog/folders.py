@@ -72,17 +72,21 @@ class Folders:
         key = OLD_KEYS.get(key, key)
         allowed = EXTENSIONS | frozenset(also) if key in KEYS else None
         folders = self.by_key.get(key, ())
-        return sorted(
-            {name for folder in folders for name in _names(folder) if allowed is None or _ends(name, allowed)}
-        )
+        names = {name for folder in folders for name in _names(folder)}
+        return sorted(name for name in names if allowed is None or os.path.splitext(name)[1].lower() in allowed)
 
     def locate(self, file: CatalogFile) -> Path | None:
-        """Return where a catalog file lies, None where it is not installed. Shards count only when all are there."""
+        """Return where a catalog file lies, None where it is not installed.
+
+        Shards count only when all are there, a folder only when there is a file in it.
+        """
         for place in self._places(file):
-            if place.is_dir() if file.path.endswith("/") else place.is_file():
-                beside = [place.parent / path.rsplit("/", 1)[-1] for path in file.paths]
-                if all(path.is_file() for path in beside):
-                    return place
+            if file.path.endswith("/"):
+                found = place.is_dir() and any(path.is_file() for path in place.iterdir())
+            else:
+                found = all((place.parent / path.rpartition("/")[2]).is_file() for path in file.paths)
+            if found:
+                return place
         return None
 
     def _places(self, file: CatalogFile) -> Iterator[Path]:
@@ -211,10 +215,6 @@ def _names(folder: Path) -> Iterator[str]:
         seen.add(real)
         folders[:] = [name for name in folders if name not in (".git", ".kinema", ".cache")]
         yield from (os.path.relpath(os.path.join(place, name), folder) for name in files)
-
-
-def _ends(name: str, extensions: frozenset[str]) -> bool:
-    return os.path.splitext(name)[1].lower() in extensions
 
 
 def _snapshots(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ import filelock
 
 from kinema.catalog.files import CatalogFile, Store
 from kinema.catalog.folders import KEYS, YAML, Folders, comfy_folders, models_folder
-from kinema.errors import CatalogError
+from kinema.errors import CatalogError, MachineError
 
 
 @dataclass(frozen=True)
@@ -39,29 +39,32 @@ def imports(source: Path, root: Path, store: Store) -> tuple[list[Move], list[st
         raise CatalogError(f"{source} is no folder", "name a ComfyUI folder, a models folder or a hub cache")
     folders = Folders((models_folder(source)[0],), comfy_folders((source,)), (source, source / "hub"))
     moves: dict[Path, Move] = {}
-    left: list[str] = []
+    left: dict[str, Path] = {}
+    known: set[Path] = set()
     for file in store.files:
         place = folders.locate(file)
-        for origin, target in _pairs(file, place) if place else ():
-            size = origin.stat().st_size
-            if file.size == "exact" and file.shards is None and size != file.bytes:
-                left.append(f"{origin} has {size:,} bytes, and {file.repository}/{file.path} {file.bytes:,}")
-            elif not (root / target).exists():
-                moves.setdefault(root / target, Move("link", origin.resolve(), root / target, size))
-    known = {move.source for move in moves.values()}
-    return list(moves.values()), [
-        line for line in dict.fromkeys(left) if Path(line.split(" has ")[0]).resolve() not in known
-    ]
+        has_one_length = file.size == "exact" and file.shards is None and not file.path.endswith("/")
+        for path, target in _pairs(file, place) if place else ():
+            origin, size = path.resolve(), path.stat().st_size
+            if has_one_length and size != file.bytes:
+                left[f"{path} has {size:,} bytes, and {file.repository}/{file.path} {file.bytes:,}"] = origin
+                continue
+            known.add(origin)
+            if not (root / target).exists():
+                moves.setdefault(root / target, Move("link", origin, root / target, size))
+    return list(moves.values()), [line for line, origin in left.items() if origin not in known]
 
 
 def _pairs(file: CatalogFile, place: Path) -> Iterator[tuple[Path, str]]:
     """Yield (where a file lies, its place below a models folder), of shards and folders each."""
     if place.is_dir():
         for path in sorted(path for path in place.rglob("*") if path.is_file()):
-            yield path, f"{file.place}/{path.relative_to(place).as_posix()}"
+            inside = path.relative_to(place)
+            if ".kinema" not in inside.parts:
+                yield path, f"{file.place}/{inside.as_posix()}"
         return
-    for inside in file.paths:
-        name = inside.rpartition("/")[2]
+    for part in file.paths:
+        name = part.rpartition("/")[2]
         yield place.with_name(name), f"{file.place.rpartition('/')[0]}/{name}"
 
 
@@ -100,23 +103,28 @@ def _in_use(path: Path) -> bool:
 
 
 def _is_idle(path: Path) -> bool:
-    lock = filelock.FileLock(path.with_suffix(".lock"))
     try:
-        lock.acquire(timeout=0)
+        with filelock.FileLock(path.with_suffix(".lock"), timeout=0):
+            return True
     except filelock.Timeout:
         return False
-    lock.release()
-    return True
 
 
 def carry_out(moves: Sequence[Move]) -> None:
-    """Do it. What was done stays done when one fails; the same command goes on with the rest."""
+    """Do it. MachineError where one fails: what was done stays done, and the same command goes on with the rest."""
     for move in moves:
-        if move.target is None:
-            move.source.unlink(missing_ok=True)
-            continue
-        move.target.parent.mkdir(parents=True, exist_ok=True)
-        (_link if move.kind == "link" else _relocate)(move.source, move.target)
+        try:
+            if move.target is None:
+                move.source.unlink(missing_ok=True)
+                continue
+            move.target.parent.mkdir(parents=True, exist_ok=True)
+            (_link if move.kind == "link" else _relocate)(move.source, move.target)
+        except OSError as error:
+            place = f" to {move.target}" if move.target else ""
+            raise MachineError(
+                f"cannot {move.kind} {move.source}{place}: {error.strerror or error}",
+                "what was done before stays done, and the same command goes on with the rest",
+            ) from error
 
 
 def _link(source: Path, target: Path) -> None:

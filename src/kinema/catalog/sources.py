@@ -42,7 +42,8 @@ def fetched(source: Source, folders: Folders) -> Path:
             continue
         if source.pattern == "*":
             return folder
-        names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+        paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+        names = (path.as_posix() for path in paths if ".kinema" not in path.parts)
         found = [name for name in names if fnmatch.fnmatchcase(name, source.pattern)]
         if len(found) > 1:
             raise CatalogError(

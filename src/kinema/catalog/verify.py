@@ -51,14 +51,14 @@ def checkpoints(folders: Folders) -> Iterator[Path]:
                 yield path
     for root in folders.roots:
         for path in sorted(root.glob("*/**/*")) if root.is_dir() else ():
-            if path.suffix in SUFFIXES and ".kinema" not in path.parts and (real := path.resolve()) not in seen:
+            if path.suffix in SUFFIXES and (real := path.resolve()) not in seen:
                 seen.add(real)
                 yield path
 
 
 def verify(path: Path, store: Store, *, full: bool = False) -> Verdict:
     """Return what one file is. `full` reads all of it: a minute for every few gigabytes."""
-    rows = [row for row in store.files if path.name in {one.rpartition("/")[2] for one in (row.path, *row.paths)}]
+    rows = [row for row in store.files if path.name in {one.rpartition("/")[2] for one in row.paths}]
     record, size = record_of(path), path.stat().st_size
     hashes = {row.sha256: row for row in store.files if row.sha256 and row.shards is None}
     digest = hash_file(path) if full else None
