@@ -277,11 +277,11 @@ def order(
 
 def models_of(task: str, store: Store) -> list[CatalogEntry]:
     """Return the models for a task, or the one model of that name; CatalogError names the tasks."""
-    found = [model for model in store.published.values() if task.casefold() in model.tasks]
-    one = named(task, store.published)
-    if not found and one is None:
-        raise CatalogError(f"no task or model is called {task!r}; tasks: {', '.join(tasks(store))}", name=task)
-    return found or [model for model in (one,) if model]
+    if found := [model for model in store.published.values() if task.casefold() in model.tasks]:
+        return found
+    if one := named(task, store.published):
+        return [one]
+    raise CatalogError(f"no task or model is called {task!r}; tasks: {', '.join(tasks(store))}", name=task)
 
 
 def tasks(store: Store) -> list[str]:

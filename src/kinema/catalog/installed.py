@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from kinema.catalog.choice import Card, Choice, Judge, Offer, choose, choose_part, kind, offers, part_offers, rank
+from kinema.catalog.choice import Card, Judge, Offer, choose, choose_part, kind, offers, part_offers, rank
 from kinema.catalog.files import CatalogFile, Store
 from kinema.catalog.folders import Folders
 from kinema.errors import CatalogError, CheckpointError, KinemaError
 from kinema.schema import CatalogEntry, Component
 
 SHORT = 0.8  # of the published size; sizes of the catalog are right within 5 %
-
 
 INSIDE: dict[Component, str] = {"flux_vae": "vae", "t5": "text_encoder", "clip_text": "clip_text"}
 """What all-in-one files of FLUX hold besides the transformer, and which roles that fills where nothing else does."""
@@ -70,7 +69,8 @@ def find_files(
         return Chosen({role: path for role, path in demo_files().items() if role not in given})
     faults: list[KinemaError] = []
     whole = list(_repository_folders(entry, store, folders, faults))
-    models = [*_listed(entry, store, folders), *_offered(entry, store, folders), *_halves(entry, whole)]
+    models = list(_installed_sets(entry, store, folders))
+    models += [one for one in whole if set(entry.dit_roles) <= one.paths.keys()]
     found: dict[str, Path] = {}
     note = ""
     wanted = set(entry.dit_roles) - set(given)
@@ -88,14 +88,13 @@ def find_files(
     if lacking := missing(entry, {**dict.fromkeys(given), **found}, also):
         if faults:
             raise faults[0]
-        partial = {path.name for path in found.values()}
         raise CatalogError(
             f"model {entry.name} is not installed: {', '.join(lacking)} not found in "
             f"{', '.join(map(str, folders.roots)) or 'any models folder (none is set)'}",
             _where_to_put(entry, lacking, store),
             name=entry.name,
             missing=lacking,
-            found=sorted(partial),
+            found=sorted({path.name for path in found.values()}),
             searched=[str(root) for root in folders.roots],
         )
     return Chosen(found, note)
@@ -129,20 +128,13 @@ def size_on_disk(path: Path) -> int:
 # --- what is here --------------------------------------------------------------------------------
 
 
-def _listed(entry: CatalogEntry, store: Store, folders: Folders) -> Iterator[Installed]:
-    """Yield the DiTs that the entry itself names, pair by pair."""
+def _installed_sets(entry: CatalogEntry, store: Store, folders: Folders) -> Iterator[Installed]:
+    """Yield the DiTs that the entry itself names, pair by pair, then those on offer."""
     for names in zip(*(entry.files.get(role, ()) for role in entry.dit_roles), strict=False):
         files = [_row(name, role, store) for name, role in zip(names, entry.dit_roles, strict=True)]
         yield from _locate(files, folders)
-
-
-def _offered(entry: CatalogEntry, store: Store, folders: Folders) -> Iterator[Installed]:
     for offer in offers(entry, store):
         yield from _locate(offer.files, folders)
-
-
-def _halves(entry: CatalogEntry, whole: list[Installed]) -> Iterator[Installed]:
-    yield from (one for one in whole if set(entry.dit_roles) <= one.paths.keys())
 
 
 def _locate(files: Collection[CatalogFile], folders: Folders) -> Iterator[Installed]:
@@ -170,26 +162,24 @@ def _repository_folders(
 ) -> Iterator[Installed]:
     """Yield what official and diffusers folders of the model hold; half a folder is a fault only if nothing else is."""
     for repository in entry.repositories:
-        for folder in folders.in_repository(repository):
-            if folder.is_dir():
-                from kinema.weights.detect import resolve_folder
+        said = [file.precision for file in store.serving(entry.name) if file.repository == repository]
+        precision = said[0] if said else "16-bit"
+        for folder in filter(Path.is_dir, folders.in_repository(repository)):
+            from kinema.weights.detect import resolve_folder
 
-                try:
-                    paths = resolve_folder(folder)
-                except (CatalogError, CheckpointError) as error:
-                    faults.append(error)
-                    continue
-                said = [file.precision for file in store.serving(entry.name) if file.repository == repository]
-                files = [_whole_file(role, path, repository, said) for role, path in paths.items()]
-                if files:
-                    yield Installed(
-                        Offer(tuple(sorted(files, key=lambda file: not file.role.startswith("dit")))), paths
-                    )
-
-
-def _whole_file(role: str, path: Path, repository: str, precisions: list[str]) -> CatalogFile:
-    precision = precisions[0] if precisions else "16-bit"
-    return CatalogFile(repository=repository, path=path.name, role=role, precision=precision, bytes=size_on_disk(path))
+            try:
+                paths = resolve_folder(folder)
+            except (CatalogError, CheckpointError) as error:
+                faults.append(error)
+                continue
+            files = [
+                CatalogFile(
+                    repository=repository, path=path.name, role=role, precision=precision, bytes=size_on_disk(path)
+                )
+                for role, path in sorted(paths.items(), key=lambda item: not item[0].startswith("dit"))
+            ]
+            if files:
+                yield Installed(Offer(tuple(files)), paths)
 
 
 # --- which of it ---------------------------------------------------------------------------------
@@ -201,19 +191,15 @@ def _choose(entry: CatalogEntry, models: list[Installed], need: Need | None) -> 
     different.sort(key=lambda one: (rank(one.offer.precision), one.offer.largest))
     if need is None or len(different) == 1:
         return different[0], ""
-    trimmed = {id(one): Offer(tuple(f for f in one.offer.files if f.role.startswith("dit"))) for one in different}
-    choice = choose(list(trimmed.values()), need.judge)
+    dits = [Offer(tuple(file for file in one.offer.files if file.role.startswith("dit"))) for one in different]
+    choice = choose(dits, need.judge)
     if choice is None:
         return different[0], ""
-    best = next(one for one in different if trimmed[id(one)] == choice.offer)
-    return best, _reason(entry, best, choice, need, len(different))
-
-
-def _reason(entry: CatalogEntry, best: Installed, choice: Choice, need: Need, count: int) -> str:
+    best = different[dits.index(choice.offer)]
     names = " and ".join(best.paths[role].name for role in entry.dit_roles)
     size = f"{choice.offer.largest / 1e9:.1f} GB" + (" each" if len(entry.dit_roles) > 1 else "")
     where = f"{need.card.vram / 1e9:.0f} GB" if need.card.vram else "the CPU"
-    return f"of {count} installed sets, {names} ({size}) is used: {choice.mode} on {where}"
+    return best, f"of {len(different)} installed sets, {names} ({size}) is used: {choice.mode} on {where}"
 
 
 def _part(
