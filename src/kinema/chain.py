@@ -5,11 +5,14 @@ Owns how two requests hang together. Each is planned and run by the engine as it
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from kinema.batch.lines import parse_line
+from kinema.endings import hinted
 from kinema.engine import Engine
-from kinema.errors import RequestError
+from kinema.errors import KinemaError, RequestError
 from kinema.request import make_request
 from kinema.schema import Event, MediaFacts, Plan, Request
 
@@ -58,17 +61,25 @@ def plan_chain(engine: Engine, request: Request, fields: Mapping[str, Any]) -> C
 
 
 def run_chain(engine: Engine, chain: Chain, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
-    """Yield what happens: the pictures first, then, with their models gone from memory, the videos."""
+    """Yield what happens: the pictures first, then, with their models gone from memory, the videos.
+
+    Raises what a run raises; of a video with what to type to make it of its picture, which stays.
+    """
     yield from engine.run(chain.pictures, cancelled=cancelled)
     engine.release()
     for plan in chain.videos:
-        yield from engine.run(plan, cancelled=cancelled)
+        try:
+            yield from engine.run(plan, cancelled=cancelled)
+        except KinemaError as error:
+            words = ("kinema", "generate", plan.prompt, "--model", plan.model, "--first", str(plan.request.first))
+            hint = f"the picture is made; for its video alone: {shlex.join(words)}, with the other options of --then"
+            raise hinted(error, hint) from error
 
 
-def then_fields(text: str, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    """Return the fields of `MODEL [PROMPT] [--options]`; `parse` reads what follows the model's name.
+def then_fields(text: str) -> dict[str, Any]:
+    """Return the fields of `MODEL [PROMPT] [--options]`, of which all but the model is a prompt line.
 
-    Raises RequestError where there is no name.
+    Raises RequestError where there is no name, and what reading a line raises.
     """
     model, _, rest = text.strip().partition(" ")
     if not model or model.startswith("--"):
@@ -78,4 +89,4 @@ def then_fields(text: str, parse: Callable[[str], dict[str, Any]]) -> dict[str, 
             field="then",
             got=text,
         )
-    return {**(parse(rest) if rest.strip() else {}), "model": model}
+    return {**(parse_line(rest) if rest.strip() else {}), "model": model}

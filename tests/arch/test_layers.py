@@ -127,7 +127,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "kinema.kept_steps": (*NOUNS, "kinema.media.files", "kinema.sampling.solvers", "kinema.weights.files"),
     "kinema.text_cache": ("kinema.errors", "kinema.media.files"),
-    "kinema.chain": (*NOUNS, "kinema.engine", "kinema.request"),
+    "kinema.chain": (*NOUNS, "kinema.batch.lines", "kinema.endings", "kinema.engine", "kinema.request"),
     "kinema.batch": (*NOUNS, "kinema.request", "kinema.planning", "kinema.engine"),
     "kinema.cli": ("kinema",),
     "kinema": ("kinema",),

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from kinema.batch.lines import parse_line
 from kinema.chain import plan_chain, run_chain, then_fields
 from kinema.engine import Engine
-from kinema.errors import RequestError
+from kinema.errors import Cancelled, RequestError
 from kinema.media.video import read_metadata
 from kinema.schema import Plan, Request, Result, Settings
 from tiny_flux import build_flux
@@ -33,7 +32,7 @@ def request(save: Path, **fields: object) -> Request:
 
 def test_a_picture_becomes_a_video(both: Settings, tmp_path: Path) -> None:
     with Engine(both) as engine:
-        wanted = then_fields("tiny-clip two small squares --f 9 --d 5", parse_line)
+        wanted = then_fields("tiny-clip two small squares --f 9 --d 5")
         chain = plan_chain(engine, request(tmp_path / "cat.png", count=2), wanted)
         assert not list(tmp_path.iterdir()), "planned, not run"
         assert [plan.prompt for plan in chain.videos] == ["two small squares"] * 2
@@ -70,6 +69,15 @@ def test_one_model_at_a_time(both: Settings, tmp_path: Path, monkeypatch: pytest
     assert loaded[first_of_wan][1] == 0
 
 
+def test_a_video_that_is_stopped_says_how_to_make_it_of_its_picture(both: Settings, tmp_path: Path) -> None:
+    save = tmp_path / "a cat.png"
+    with Engine(both) as engine, pytest.raises(Cancelled) as caught:
+        chain = plan_chain(engine, request(save), then_fields("tiny-clip --f 5"))
+        list(run_chain(engine, chain, save.exists))
+    words = "kinema generate 'a red cat' --model tiny-clip --first"
+    assert f"{words} '{save}'" in caught.value.hint and "options of --then" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("then", "fields", "words"),
     [
@@ -88,5 +96,5 @@ def test_what_cannot_follow_is_refused_before_anything_runs(
     fields = dict(fields)
     save = tmp_path / str(fields.pop("save", "a.png"))
     with Engine(both) as engine, pytest.raises(RequestError, match=words):
-        plan_chain(engine, request(save, **fields), then_fields(then, parse_line))
+        plan_chain(engine, request(save, **fields), then_fields(then))
     assert not list(tmp_path.iterdir())
