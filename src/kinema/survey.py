@@ -193,7 +193,7 @@ def installed(
             files = [file for role in error.details["missing"] for file in store.serving(entry.part(role))[:1]]
             name = f"ms:{files[0].repository}"
         size, names = sum(file.bytes or 0 for file in files) / 1e9, ", ".join(file.name for file in files)
-        error.details["pull"] = name
+        error.details |= {"pull": name, "files": [f"{file.repository}/{file.path}" for file in files]}
         error.hint = f"type: kinema models pull {name}   ({f'{size:.1f} GB: ' if size else ''}{names})\n{error.hint}"
         raise
 

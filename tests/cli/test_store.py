@@ -184,6 +184,17 @@ def test_generate_pulls_what_lacks_where_it_is_asked(cli: Cli, root: Path, hub: 
     assert any("wan_2.1_vae" in line for line in hub.log) and not any("t2v_1.3B" in line for line in hub.log)
 
 
+def test_generate_pulls_the_very_files_it_names(cli: Cli, root: Path, hub: FakeHub):
+    """Those for the memory that is asked for, not for all that the machine has."""
+    words = ("generate", "a cat", "--model", "wan2.1-t2v-14b", "--vram", "8GB", "--ram", "16GB")
+    named = cli(*words, "--json").error
+    files = named["details"]["files"]
+    assert all(file.rsplit("/", 1)[1] in named["hint"] for file in files)
+    assert cli(*words, "--pull").code == 3, "the hub has nothing"
+    repository, path = files[0].split("/", 2)[:2], files[0].split("/", 2)[2]
+    assert f"HEAD /{'/'.join(repository)}/resolve/main/{path}" in hub.log
+
+
 def test_of_several_installed_sets_one_is_chosen_and_said(cli: Cli, root: Path):
     for name in ("wan2.1_t2v_1.3B_fp16", "wan2.1_t2v_1.3B_bf16"):
         write_sparse(root / f"diffusion_models/{name}.safetensors", manifest("wan2.1_t2v_1.3B"), "F16")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from kinema.cli.flags import Call, option
 from kinema.cli.interrupt import Interruption
@@ -82,10 +82,11 @@ def plan(
 ) -> int:
     """Say which files to take for a card, and why; what they come to, and what more memory would bring."""
     from kinema.cli.store_pages import plan_page
-    from kinema.provision import improvements
+    from kinema.provision import improvements, provide
 
     store, folders = _opened(call)
     card, made = _chosen(store, task, preset, loras, {"--vram": vram, "--ram": ram, "--disk": disk})
+    made = made or [provide(model, store, card, with_loras=loras) for model in store.published.values()]
     more = {one.model.name: tuple(improvements(one, store, card, with_loras=loras)) for one in made if not preset}
     with make_teller(call.json) as teller:
         teller.show(*plan_page(made, card, folders, more))
@@ -112,7 +113,7 @@ def pull(
         raise RequestError(
             "nothing to pull", "type: kinema models pull NAME, --task TASK or --preset 16GB", field="NAME"
         )
-    card, made = _chosen(store, task, preset, loras, {"--vram": vram, "--ram": ram, "--disk": disk}, names)
+    card, made = _chosen(store, task, preset, loras, {"--vram": vram, "--ram": ram, "--disk": disk})
     asked = order(names, store, card, with_loras=loras, also=made)
     with make_teller(call.json) as teller:
         for note in asked.notes:
@@ -173,8 +174,11 @@ def usage(call: Call) -> int:
     totals: dict[str, int] = {}
     for root in folders.roots:
         for path in sorted(root.rglob("*")) if root.is_dir() else ():
-            if path.is_file() and (key := ((stat := path.stat()).st_dev, stat.st_ino)) not in seen:
-                seen.add(key)
+            if not path.is_file():
+                continue
+            stat = path.stat()
+            if (stat.st_dev, stat.st_ino) not in seen:
+                seen.add((stat.st_dev, stat.st_ino))
                 folder = str(root / path.relative_to(root).parts[0])
                 totals[folder] = totals.get(folder, 0) + stat.st_size
     lines = [f"{gigabytes(size):>10}  {folder}" for folder, size in sorted(totals.items(), key=lambda row: -row[1])]
@@ -187,18 +191,22 @@ def paths(call: Call) -> int:
     """Print every folder that is searched, in order, and where pulled files go."""
     from kinema.catalog.folders import store_root
 
-    settings = call.configuration.settings
     _, folders = _opened(call)
+    pulled_to = str(store_root(call.configuration.settings))
     lines = ["models folders:", *(f"  {_there(root)}" for root in folders.roots)]
     for key, places in folders.by_key.items():
         here = [place for place in places if place.is_dir()]
         lines += [f"{key}:", *(f"  {place}" for place in here)] if here else []
     lines += ["hub caches:", *(f"  {_there(cache)}" for cache in folders.caches)]
-    lines += [f"pulled files go to: {store_root(settings)}"]
-    data: dict[str, Any] = {"roots": [str(root) for root in folders.roots], "store": str(store_root(settings))}
-    data |= {"folders": {key: [str(place) for place in places] for key, places in folders.by_key.items()}}
+    lines += [f"pulled files go to: {pulled_to}"]
+    data = {
+        "roots": [str(root) for root in folders.roots],
+        "store": pulled_to,
+        "folders": {key: [str(place) for place in places] for key, places in folders.by_key.items()},
+        "caches": [str(cache) for cache in folders.caches],
+    }
     with make_teller(call.json) as teller:
-        teller.show("\n".join(lines), data | {"caches": [str(cache) for cache in folders.caches]})
+        teller.show("\n".join(lines), data)
     return 0
 
 
@@ -268,19 +276,21 @@ def pull_files(
             for event in fetch(rows, root, settings.hub, cancelled=cancelled):
                 teller.event(event)
         except CatalogError as error:
-            raise _with_open_copy(error, files, settings) from error
-    teller.show("\n".join(str(root / row.place) for row in rows), {"paths": [str(root / row.place) for row in rows]})
+            if error.details.get("gated"):
+                error.hint += _open_copy(error.details["name"], files, settings)
+            raise
+    places = [str(root / row.place) for row in rows]
+    teller.show("\n".join(places), {"paths": places})
 
 
-def _with_open_copy(error: CatalogError, files: Sequence[CatalogFile], settings: Settings) -> CatalogError:
-    """The same refusal; of a gated file with where it can be had without a login, if anywhere."""
+def _open_copy(gated: str, files: Sequence[CatalogFile], settings: Settings) -> str:
+    """Say where a gated file can be had without a login; "" where it cannot."""
     from kinema.catalog.files import alternatives, load_store
 
-    gated = (file for file in files if f"{file.repository}/{file.path}" == error.details.get("name"))
-    for file in gated if error.details.get("gated") else ():
+    for file in (file for file in files if f"{file.repository}/{file.path}" == gated):
         for copy in alternatives(file, load_store(settings.catalogs))[:1]:
-            error.hint += f"\nor take the copy that needs no login: kinema models pull {copy.repository}/{copy.path}"
-    return error
+            return f"\nor take the copy that needs no login: kinema models pull {copy.repository}/{copy.path}"
+    return ""
 
 
 def parse_bytes(text: str, flag: str) -> int:
@@ -300,25 +310,11 @@ def _opened(call: Call) -> tuple[Store, Folders]:
     return load_store(settings.catalogs), Folders.of(settings)
 
 
-def _card(vram: int | None, ram: int | None, disk: int | None) -> Card:
-    from kinema.catalog.choice import Card
-
-    if vram:
-        return Card(vram, ram or DEFAULT_RAM, disk)
-    from kinema.runtime.machine import probe_machine
-
-    return Card.of(probe_machine(), None, ram, disk)
-
-
 def _chosen(
-    store: Store,
-    task: str | None,
-    menu: str | None,
-    loras: bool,
-    sizes: Mapping[str, str | None],
-    names: Sequence[str] = (),
+    store: Store, task: str | None, menu: str | None, loras: bool, sizes: Mapping[str, str | None]
 ) -> tuple[Card, list[Provision]]:
-    """The card that is meant, and what it takes of a task or a preset; of everything where nothing is named."""
+    """The card that is meant, and what it takes of a task or a preset; nothing where neither is named."""
+    from kinema.catalog.choice import Card
     from kinema.provision import models_of, preset, provide
 
     vram, ram, disk = (parse_bytes(text, flag) if text else None for flag, text in sizes.items())
@@ -327,10 +323,14 @@ def _chosen(
         raise RequestError(f"--preset {menu} and {other} both say what", "leave one out", field="preset", got=menu)
     if menu:
         return preset(menu, store, ram or DEFAULT_RAM, disk)
-    card = _card(vram, ram, disk)
-    everything = [] if names else list(store.published.values())
-    wanted = models_of(task, store) if task else everything
-    return card, [provide(model, store, card, with_loras=loras) for model in wanted]
+    if vram:
+        card = Card(vram, ram or DEFAULT_RAM, disk)
+    else:
+        from kinema.runtime.machine import probe_machine
+
+        card = Card.of(probe_machine(), ram=ram, disk=disk)
+    models = models_of(task, store) if task else ()
+    return card, [provide(model, store, card, with_loras=loras) for model in models]
 
 
 def _moves(call: Call, moves: Sequence[Move], notes: Sequence[str], yes: bool) -> int:
@@ -357,15 +357,12 @@ def _there(folder: Path) -> str:
 
 
 def pull_missing(error: CatalogError, settings: Settings, teller: Teller) -> None:
-    """Fetch what a run lacks, as its error says: files of a model for this card, a file, or an address."""
-    from kinema.catalog.choice import Card
-    from kinema.catalog.files import load_store
-    from kinema.provision import lacking, order, provide
-    from kinema.runtime.machine import probe_machine
+    """Fetch what a run lacks, as its error says: the files it names, or an address."""
+    from kinema.catalog.files import load_store, one_file
 
-    store, card, asked = load_store(settings.catalogs), Card.of(probe_machine()), error.details["pull"]
-    if asked in store.models:
-        files: Sequence[CatalogFile] = lacking(provide(store.models[asked], store, card), error.details["missing"])
-        return pull_files(files, (), settings, teller)
-    named = order((asked,), store, card)
-    pull_files(named.files, named.addresses, settings, teller)
+    asked = error.details["pull"]
+    if asked.startswith(("hf:", "ms:")):
+        return pull_files((), (asked,), settings, teller)
+    store = load_store(settings.catalogs)
+    files = [file for name in error.details.get("files", (asked,)) for file in one_file(name, store).files]
+    pull_files(files, (), settings, teller)

@@ -56,7 +56,7 @@ def generate(
     fields = merge(call.configuration.defaults, call.fields)
     request = make_request(fields)
     if pull:
-        _pull_missing(request, call)
+        _pull_missing(request, then, call)
     if not interactive and from_file is None:
         return _generate(request, call) if then is None else _generate_chain(request, then, call)
     from kinema.cli import sessions
@@ -75,8 +75,7 @@ def plan(call: Call, *, then: Annotated[str | None, THEN] = None) -> int:
     from kinema.engine import Engine
 
     with make_teller(call.json) as teller, Engine(call.configuration.settings) as engine:
-        plans = [engine.plan(request)] if then is None else _chain(engine, request, then)
-        for made in plans:
+        for made in _plans(engine, request, then):
             teller.show(plan_text(made), made.model_dump(mode="json"))
     return 0
 
@@ -268,7 +267,7 @@ def _generate_chain(request: Request, then: str, call: Call) -> int:
     from kinema.engine import Engine
 
     with make_teller(call.json) as teller, Engine(call.configuration.settings) as engine:
-        pictures, *videos = _chain(engine, request, then)
+        pictures, *videos = _plans(engine, request, then)
         for made in (pictures, *videos):
             if call.json:
                 teller.show("", {"event": "plan", "plan": made.model_dump(mode="json")})
@@ -280,26 +279,31 @@ def _generate_chain(request: Request, then: str, call: Call) -> int:
     return 0
 
 
-def _chain(engine: Engine, request: Request, then: str) -> list[Plan]:
-    from kinema.batch.lines import parse_line
+def _plans(engine: Engine, request: Request, then: str | None) -> list[Plan]:
+    """The plan of a request, and of each video that goes on from its pictures."""
     from kinema.chain import plan_chain, then_fields
 
-    chain = plan_chain(engine, request, then_fields(then, parse_line))
+    if then is None:
+        return [engine.plan(request)]
+    chain = plan_chain(engine, request, then_fields(then))
     return [chain.pictures, *chain.videos]
 
 
-def _pull_missing(request: Request, call: Call) -> None:
-    """Fetch what a request lacks, for this card; several addresses one after another."""
+def _pull_missing(request: Request, then: str | None, call: Call) -> None:
+    """Fetch what a request lacks, and what goes on from it; several addresses one after another."""
+    from kinema.engine import Engine
     from kinema.survey import survey
 
     settings, before = call.configuration.settings, ""
-    while True:
-        try:
-            survey(request, settings)
-            return
-        except CatalogError as error:
-            if error.details.get("pull", before) == before:
-                raise
-            before = error.details["pull"]
-            with make_teller(call.json) as teller:
+    with make_teller(call.json) as teller, Engine(settings) as engine:
+        while True:
+            try:
+                survey(request, settings)
+                if then is not None:
+                    _plans(engine, request, then)
+                return
+            except CatalogError as error:
+                if error.details.get("pull", before) == before:
+                    raise
+                before = error.details["pull"]
                 store.pull_missing(error, settings, teller)
