@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lines import REQUESTS
+from test_lines import REQUESTS, render_line
 
 from conftest import Cli
-from kinema.batch.lines import render_line
 from kinema.batch.manifest import NOT_CONTENT, Manifest, content_keys
 from kinema.batch.run import manifest_path, plan_lines, run_lines
 from kinema.batch.sources import read_lines

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kinema.errors import RequestError
-from kinema.request import REPEATED, make_request, nearest
+from kinema.request import REPEATED, nearest
 from kinema.schema import Request
 
 SHORT_NAMES = {
@@ -70,45 +70,18 @@ def parse_line(text: str, defaults: Mapping[str, Any] | None = None) -> dict[str
     return _with_size(fields, defaults or {})
 
 
-def render_line(request: Request) -> str:
-    """Return the line that parse_line reads back as this request.
-
-    Raises RequestError for text with line breaks: a prompt file has one request a line.
-    """
-    words: list[str] = []
-    for name in Request.model_fields:
-        if name not in request.model_fields_set:
-            continue
-        value = getattr(request, name)
-        option = "--" + name.replace("_", "-")
-        if name == "prompt" or value is None or value == ():
-            continue
-        if name in REPEATED:
-            words += [f"{option} {_quote(str(item))}" for item in value]
-        elif isinstance(value, tuple):
-            words.append(f"{option} {','.join(map(str, value))}")
-        else:
-            words.append(f"{option} {_quote(str(value))}")
-    prompt = [] if request.prompt is None else [_quote(request.prompt)]
-    return " ".join([*prompt, *words])
-
-
-def known_options() -> list[str]:
-    """Return every name an option may have: the short ones and all fields, with dashes."""
-    return [*SHORT_NAMES, *(name.replace("_", "-") for name in Request.model_fields)]
-
-
 def _field_of(name: str) -> str:
     field = SHORT_NAMES.get(name, name.replace("-", "_"))
     if field in Request.model_fields or field in SIDES:
         return field
-    near = nearest(name, known_options())
+    known = [*SHORT_NAMES, *(field.replace("_", "-") for field in Request.model_fields)]
+    near = nearest(name, known)
     raise RequestError(
         f"unknown option --{name}" + (f"; did you mean --{near}?" if near else ""),
         'options: --w --h --f --s and the rest of "kinema generate --help"; text that holds -- goes in double quotes',
         field=name,
         got=f"--{name}",
-        allowed=[f"--{option}" for option in known_options()],
+        allowed=[f"--{option}" for option in known],
     )
 
 
@@ -193,17 +166,3 @@ def _take_text(text: str, start: int) -> tuple[str, int]:
 
 def _skip_space(text: str, position: int) -> int:
     return len(text) - len(text[position:].lstrip())
-
-
-def _quote(text: str) -> str:
-    if "\n" in text or "\r" in text:
-        raise RequestError(f"{text[:40]!r} has a line break", "write it as a .jsonl file instead", got=text)
-    plain = (
-        text and text[0] not in "\"'#-" and text == text.strip() and '"' not in text and not re.search(r"\s--", text)
-    )
-    return text if plain else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def line_request(text: str, defaults: Mapping[str, Any] | None = None) -> Request:
-    """Return the Request of one line alone; what `render_line` wrote comes back equal."""
-    return make_request(parse_line(text, defaults))

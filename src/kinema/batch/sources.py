@@ -28,7 +28,7 @@ class Line:
     """One request of a batch, or why it is none.
 
     number  counts from 1: the line of the file (of a CSV the row's first line, of a folder the image in order).
-    where   how messages name it, such as "prompts.txt line 3".
+    where   how messages name it, such as "line 3", or the image's own name.
     """
 
     number: int
@@ -83,14 +83,10 @@ def _read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         near = nearest(path.name, [item.name for item in path.parent.iterdir()]) if path.parent.is_dir() else None
-        raise RequestError(
-            f"prompt file {path} does not exist",
-            f"did you mean {path.parent / near}?"
-            if near
-            else "name a .txt, .jsonl or .csv file, or a folder of images",
-            field="from_file",
-            got=str(path),
-        ) from error
+        hint = (
+            f"did you mean {path.parent / near}?" if near else "name a .txt, .jsonl or .csv file, or a folder of images"
+        )
+        raise RequestError(f"prompt file {path} does not exist", hint, field="from_file", got=str(path)) from error
     except OSError as error:
         raise RequestError(
             f"prompt file {path} cannot be read: {error.strerror}", field="from_file", got=str(path)
@@ -105,40 +101,38 @@ def _read_text(path: Path) -> str:
 
 
 def _text_rows(text: str, defaults: Mapping[str, Any]) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            try:
-                yield number, f"line {number}", parse_line(line, defaults)
-            except RequestError as fault:
-                yield number, f"line {number}", fault
+    for number, line in _written(text):
+        yield number, f"line {number}", _line_fields(line, defaults)
 
 
 def _json_rows(text: str, defaults: Mapping[str, Any]) -> Iterator[Row]:
+    for number, line in _written(text):
+        yield number, f"line {number}", _json_fields(line)
+
+
+def _written(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are neither blank nor comments, and their numbers."""
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            hint = 'one object a line, such as {"prompt": "a cat", "seed": 7}'
-            yield (
-                number,
-                f"line {number}",
-                RequestError(f"not JSON at column {error.colno}: {error.msg}", hint, got=line[:200]),
-            )
-            continue
-        if not isinstance(row, dict):
-            yield (
-                number,
-                f"line {number}",
-                RequestError(f"{line[:60]} is no JSON object", 'write {"prompt": "a cat"}', got=line[:200]),
-            )
-            continue
-        yield (
-            number,
-            f"line {number}",
-            {name.replace("-", "_"): value for name, value in row.items() if value is not None},
-        )
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield number, line
+
+
+def _line_fields(line: str, defaults: Mapping[str, Any]) -> dict[str, Any] | KinemaError:
+    try:
+        return parse_line(line, defaults)
+    except RequestError as fault:
+        return fault
+
+
+def _json_fields(line: str) -> dict[str, Any] | KinemaError:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        hint = 'one object a line, such as {"prompt": "a cat", "seed": 7}'
+        return RequestError(f"not JSON at column {error.colno}: {error.msg}", hint, got=line[:200])
+    if not isinstance(row, dict):
+        return RequestError(f"{line[:60]} is no JSON object", 'write {"prompt": "a cat"}', got=line[:200])
+    return {name.replace("-", "_"): value for name, value in row.items() if value is not None}
 
 
 def _csv_rows(text: str, defaults: Mapping[str, Any]) -> Iterator[Row]:
@@ -163,11 +157,8 @@ def _csv_rows(text: str, defaults: Mapping[str, Any]) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield (
-                number,
-                f"line {number}",
-                RequestError(f"not CSV: {error}", 'quote text with commas: "a cat, walking"', got=""),
-            )
+            fault = RequestError(f"not CSV: {error}", 'quote text with commas: "a cat, walking"', got="")
+            yield number, f"line {number}", fault
             return
         if any(cell.strip() for cell in cells):
             yield number, f"line {number}", _csv_fields(header, cells)

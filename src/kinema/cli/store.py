@@ -329,8 +329,8 @@ def _chosen(
         from kinema.runtime.machine import probe_machine
 
         card = Card.of(probe_machine(), ram=ram, disk=disk)
-    models = models_of(task, store) if task else ()
-    return card, [provide(model, store, card, with_loras=loras) for model in models]
+    wanted = models_of(task, store) if task else ()
+    return card, [provide(model, store, card, with_loras=loras) for model in wanted]
 
 
 def _moves(call: Call, moves: Sequence[Move], notes: Sequence[str], yes: bool) -> int:
