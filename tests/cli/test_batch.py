@@ -160,6 +160,18 @@ def test_a_changed_input_has_its_line_done_again(tiny: Cli, tmp_path: Path):
     assert len(tiny("generate", "--from-file", path, *flags).paths) == 1
 
 
+def test_inputs_count_by_what_they_hold(tmp_path: Path):
+    image, folder = picture(tmp_path / "a.png"), tmp_path / "frames"
+    folder.mkdir()
+    picture(folder / "1.png")
+    asked = [Request(middle=f"{image}@40"), Request(control=folder)]
+    before = content_keys(asked)
+    assert content_keys(asked) == before
+    picture(image, seed=2)
+    picture(folder / "1.png", seed=2)
+    assert not set(content_keys(asked)) & set(before)
+
+
 def test_a_line_with_its_own_file(tiny: Cli, tmp_path: Path):
     path = write(tmp_path / "p.txt", "a cat --d 1 --save films/one.mp4\na dog --d 2 --save films/one.mp4\n")
     ran = tiny("generate", "--from-file", path, *FLAGS)

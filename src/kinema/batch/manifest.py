@@ -22,6 +22,7 @@ from typing import Any
 
 from kinema.errors import KinemaError, OutputError
 from kinema.planning import MEDIA_FIELDS
+from kinema.planning.inputs import split_place
 from kinema.schema import Note, Request
 
 PLACE = {"save", "overwrite", "preview", "save_steps"}
@@ -161,10 +162,16 @@ def content_keys(requests: Sequence[Request | None]) -> list[str]:
 def _content_hash(request: Request) -> str:
     content = request.model_dump(mode="json", exclude=NOT_CONTENT)
     for name in MEDIA_FIELDS:
-        value = getattr(request, name)
-        files = value if isinstance(value, tuple) else (value,)
-        content[f"{name} sha256"] = [_file_hash(Path(file)) for file in files if file]
+        content[f"{name} sha256"] = [_file_hash(path) for path in _input_files(request, name)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _input_files(request: Request, name: str) -> list[Path]:
+    """Return the files that a field of inputs names; of a folder those in it."""
+    value = getattr(request, name)
+    given = [split_place(text)[0] for text in value] if name == "middle" else value
+    paths = [Path(one) for one in (given if isinstance(given, tuple | list) else (given,)) if one]
+    return [file for path in paths for file in (sorted(path.iterdir()) if os.path.isdir(path) else (path,))]
 
 
 def _file_hash(path: Path) -> str | None:
