@@ -29,14 +29,9 @@ def inspect_file(path: Path) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(f"{path} does not exist", "check the path", path=str(path))
     if path.suffix.lower() in OUTPUT_SUFFIXES or (path.is_dir() and any(path.glob("frame_*.png"))):
         return _output(path)
-    if path.suffix.lower() == ".safetensors" and (plan := latents_plan(path)) is not None:
+    if path.suffix.lower() == ".safetensors" and (plan := embedded_plan(path)) is not None:
         size = f"{plan.frames} frames, {plan.width}x{plan.height}"
-        text = f"{path}\n  latents of {size}; make the video with: kinema decode {path}"
-        return f"{text}\n\n{plan_text(plan)}", {
-            "path": str(path),
-            "kind": "latents",
-            "plan": plan.model_dump(mode="json"),
-        }
+        return _with_plan(path, "latents", f"latents of {size}; make the video with: kinema decode {path}", plan)
     facts = inspect(path)
     fits = [entry.name for entry in matching_entries(facts.config, load_catalog())] if facts.component == "dit" else []
     data = {"path": str(path), "kind": "weights", **facts.model_dump(mode="json"), "models": fits}
@@ -56,33 +51,18 @@ def converted_text(made: Converted) -> tuple[str, dict[str, Any]]:
 
 
 def embedded_plan(path: Path) -> Plan | None:
-    """Return the plan an output or latents file carries, None where it carries none.
+    """Return the plan that an output, a latents file or the .json beside one carries, None where it carries none.
 
-    Raises RequestError for a plan of another version, CheckpointError for a file that cannot be read.
+    Raises CheckpointError for a plan of another version, and for a file that cannot be read.
     """
-    from kinema.media.metadata import read_metadata
-
-    if path.suffix.lower() == ".safetensors":
-        return latents_plan(path)
     try:
-        text = path.read_text("utf-8") if path.suffix.lower() == ".json" else read_metadata(path).get(PLAN_KEY)
+        text = _embedded_text(path)
     except (RequestError, OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}", "give a file that Kinema wrote", path=str(path)
         ) from error
-    return None if text is None else parse_plan(text, path)
-
-
-def latents_plan(path: Path) -> Plan | None:
-    """Return the plan a safetensors file carries in its header, None for any other."""
-    from kinema.weights.files import open_tensors
-
-    text = dict(open_tensors(path).metadata).get(PLAN_KEY)
-    return None if text is None else parse_plan(text, path)
-
-
-def parse_plan(text: str, path: Path) -> Plan:
-    """Return the plan that `text` is; CheckpointError for one this version cannot read."""
+    if text is None:
+        return None
     try:
         return Plan.model_validate_json(text)
     except ValueError as error:
@@ -93,6 +73,18 @@ def parse_plan(text: str, path: Path) -> Plan:
         ) from error
 
 
+def _embedded_text(path: Path) -> str | None:
+    if path.suffix.lower() == ".json":
+        return path.read_text("utf-8")
+    if path.suffix.lower() == ".safetensors":
+        from kinema.weights.files import open_tensors
+
+        return open_tensors(path).metadata.get(PLAN_KEY)
+    from kinema.media.metadata import read_metadata
+
+    return read_metadata(path).get(PLAN_KEY)
+
+
 def _output(path: Path) -> tuple[str, dict[str, Any]]:
     plan = embedded_plan(path)
     if plan is None:
@@ -101,8 +93,13 @@ def _output(path: Path) -> tuple[str, dict[str, Any]]:
             "the .json file of the same name has the plan, if it is still there",
             path=str(path),
         )
-    text = f"{path}\n  made by Kinema {plan.kinema}; make it again with: kinema replay {path}"
-    return f"{text}\n\n{plan_text(plan)}", {"path": str(path), "kind": "output", "plan": plan.model_dump(mode="json")}
+    says = f"made by Kinema {plan.kinema}; make it again with: kinema replay {path}"
+    return _with_plan(path, "output", says, plan)
+
+
+def _with_plan(path: Path, kind: str, says: str, plan: Plan) -> tuple[str, dict[str, Any]]:
+    data = {"path": str(path), "kind": kind, "plan": plan.model_dump(mode="json")}
+    return f"{path}\n  {says}\n\n{plan_text(plan)}", data
 
 
 def _weights_text(facts: FileFacts, fits: list[str]) -> str:
