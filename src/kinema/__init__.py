@@ -56,6 +56,8 @@ __all__ = [
     "pull",
 ]
 
+T = TypeVar("T")
+
 
 def __getattr__(name: str) -> Any:
     if name == "Engine":
@@ -73,6 +75,12 @@ def plan(*, settings: Settings | None = None, **fields: Any) -> Plan:
     """
     with _engine(settings) as engine:
         return engine.plan(make_request(fields))
+
+
+def generate(*, settings: Settings | None = None, **fields: Any) -> Result:
+    """Run a request given by its fields and return its Result; of several seeds the first, all are written."""
+    with _engine(settings) as engine:
+        return _results(engine.run(engine.plan(make_request(fields))))[0]
 
 
 def generate_all(*, settings: Settings | None = None, **fields: Any) -> list[Result]:
@@ -100,7 +108,7 @@ def generate_then(
 
 
 def _results(events: Iterable[Event]) -> list[Result]:
-    """Run to the end and return the results; warn of what is noted on the way and stands in none of their plans."""
+    """Run to the end and return the results; warn, where our caller was called, of what none of their plans notes."""
     happened = [event for event in events if isinstance(event, Note | Result)]
     results = [event for event in happened if isinstance(event, Result)]
     carried = {note.text for result in results for note in result.plan.notes}
@@ -186,11 +194,3 @@ def _engine(settings: Settings | None) -> Engine:
     from kinema.settings import default_settings
 
     return Engine(settings or default_settings())
-
-
-T = TypeVar("T")
-
-
-def generate(*, settings: Settings | None = None, **fields: Any) -> Result:
-    """Run a request given by its fields and return its Result; of several seeds the first, all are written."""
-    return generate_all(settings=settings, **fields)[0]

@@ -131,6 +131,7 @@ def test_python_warns_of_what_no_plan_knew(settings: Settings, ask, tmp_path: Pa
     with pytest.warns(UserWarning, match="empty in 5 of the 5 frames") as warned:
         result = kinema.generate(settings=settings, **asked.model_dump(exclude_unset=True))
     assert not {str(one.message) for one in warned} & {note.text for note in result.plan.notes}
+    assert {Path(one.filename) for one in warned} == {Path(__file__)}, "where it was asked for"
 
 
 @pytest.mark.parametrize("role", ["mask", "background"])
