@@ -107,6 +107,7 @@ def test_a_small_disk_takes_smaller_files_or_is_told(cli: Cli):
         ("verify nowhere.safetensors", 3, "no such file or folder"),
         ("import nowhere", 3, "is no folder"),
         ("migrate nowhere there", 3, "is no folder"),
+        ("list --vrm 16GB", 2, "--vrm is no flag of kinema models"),
         ("serch x", 2, "did you mean: kinema models search"),
         ("plan --vrm 16GB", 2, "did you mean --vram"),
     ],

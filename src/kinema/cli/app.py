@@ -149,6 +149,8 @@ def _command(command: Command) -> Callable[..., int]:
 
 def _flag_fault(words: Sequence[str], error: cyclopts.CycloptsError) -> RequestError:
     """Put a fault of the command line into our words: what was typed, what is near."""
+    if len(words) > 1 and words[0] in COMMANDS and words[0] in GROUP_HELP and words[1] == "list":
+        words = [words[0], *words[2:]]
     verb = " ".join(words[: 2 if " ".join(words[:2]) in COMMANDS else 1])
     if verb in GROUP_HELP and len(words) > 1 and not words[1].startswith("-"):
         known = ["list"] if verb in COMMANDS else []
