@@ -74,32 +74,16 @@ class Manifest:
         return {path for record in self._records.values() for paths in record.outputs for path in paths}
 
     def started(self, key: str, line: int, seeds: Sequence[int], outputs: Sequence[Sequence[Path]]) -> None:
-        self._append(
-            {
-                "key": key,
-                "line": line,
-                "state": "started",
-                "seeds": list(seeds),
-                "outputs": [self._names(paths) for paths in outputs],
-            }
-        )
+        self._append(key, line, "started", seeds=list(seeds), outputs=[self._names(paths) for paths in outputs])
 
     def made(self, key: str, line: int, seed: int, outputs: Sequence[Path], seconds: float) -> None:
-        self._append(
-            {
-                "key": key,
-                "line": line,
-                "state": "made",
-                "seed": seed,
-                "outputs": self._names(outputs),
-                "seconds": round(seconds, 3),
-            }
-        )
+        self._append(key, line, "made", seed=seed, outputs=self._names(outputs), seconds=round(seconds, 3))
 
     def failed(self, key: str, line: int, error: KinemaError) -> None:
-        self._append({"key": key, "line": line, "state": "failed", "error": error.to_dict()})
+        self._append(key, line, "failed", error=error.to_dict())
 
-    def _append(self, entry: dict[str, Any]) -> None:
+    def _append(self, key: str, line: int, state: str, **more: Any) -> None:
+        entry = {"key": key, "line": line, "state": state, **more}
         data = (b"\n" if self._torn_end else b"") + json.dumps(entry, ensure_ascii=False).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,13 +123,8 @@ class Manifest:
 
     def _names(self, paths: Iterable[Path]) -> list[str]:
         """Names relative to the manifest where the files lie under it, so that the folder may move."""
-        folder = self.path.parent.resolve()
-        return [
-            path.resolve().relative_to(folder).as_posix()
-            if path.resolve().is_relative_to(folder)
-            else str(path.resolve())
-            for path in paths
-        ]
+        folder, found = self.path.parent.resolve(), [path.resolve() for path in paths]
+        return [path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path) for path in found]
 
 
 def content_keys(requests: Sequence[Request | None]) -> list[str]:

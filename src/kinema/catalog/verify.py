@@ -83,16 +83,14 @@ def _by_header(
         finding: Finding = "truncated" if "truncated" in error.message or "short" in error.message else "altered"
         return Verdict(path, finding, error.message.removeprefix(f"{path} "))
     facts = _facts(path) if tensors is not None else None
-    lengths = {row.bytes for row in rows if row.size == "exact" and row.shards is None} | (
-        {pulled} if pulled else set()
-    )
     if facts is not None and rows and not any(_fits(row, facts, store) for row in rows):
         said = " or ".join(dict.fromkeys(row.used_by[0] for row in rows if row.used_by))
         return Verdict(path, "another model", f"is called as {said} is, and holds a {facts.structure}")
     if pulled and size != pulled:
         return Verdict(path, "altered", f"has {size:,} bytes; it was pulled with {pulled:,}", "length")
-    if lengths and size not in lengths:
-        expected = " or ".join(f"{length:,}" for length in sorted(filter(None, lengths)))
+    lengths = {row.bytes for row in rows if row.bytes and row.size == "exact" and row.shards is None}
+    if lengths and not pulled and size not in lengths:
+        expected = " or ".join(f"{length:,}" for length in sorted(lengths))
         return Verdict(path, "altered", f"has {size:,} bytes; the published file has {expected}", "length")
     if digest and any(row.sha256 for row in rows if row.bytes == size and row.shards is None):
         return Verdict(
