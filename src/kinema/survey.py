@@ -230,9 +230,8 @@ def _loras(request: Request, files: Mapping[str, FileFacts], settings: Settings)
         for role, file in files.items()
         if role in ("dit", "dit_high")
     }
-    table = load_loras()
     found = [lora_facts(read_lora(_lora_path(ref, settings)), roles) for ref in request.lora]
-    return tuple(facts.model_copy(update={"known": known_lora(facts.files[0], table)}) for facts in found)
+    return tuple(facts.model_copy(update={"known": known_lora(facts.files[0])}) for facts in found)
 
 
 def _check_sound(path: Path) -> None:

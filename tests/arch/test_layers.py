@@ -45,7 +45,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "kinema.catalog": (*NOUNS, "kinema.weights.files", "kinema.weights.detect", "kinema.weights.hashes"),
     "kinema.catalog.table": NOUNS,
     "kinema.catalog.files": (*NOUNS, "kinema.catalog.table"),
-    "kinema.catalog.layouts": (*NOUNS, "kinema.catalog.files", "kinema.catalog.choice"),
+    "kinema.catalog.layouts": (*NOUNS, "kinema.catalog.files", "kinema.catalog.choice", "kinema.catalog.table"),
     "kinema.catalog.folders": (*NOUNS, "kinema.catalog.files"),
     "kinema.catalog.choice": (*NOUNS, "kinema.catalog.files"),
     "kinema.catalog.sources": (*NOUNS, "kinema.catalog.folders"),

@@ -36,7 +36,7 @@ def facts(
         path=path, files=(path,), bytes=1_000_000, parameters=parameters,
         dialect="comfyui", family="wan", algorithms={"lora": len(targets)},
         ranks=(64,), name_suggests=says, total=len(targets) + len(unmatched), matches={"dit": fits, "dit_high": fits},
-        known=known_lora(path, KNOWN),
+        known=known_lora(path),
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def test_every_preset_and_pair_names_models_and_files() -> None:
         assert lora.used_by and lora.files and lora.title
         assert set(lora.used_by) <= published, lora.name
         assert not lora.is_preset or (lora.guidance == 1.0 and lora.source)
-    seen = {name: known_lora(Path(name), KNOWN) for name in PUBLISHED}
+    seen = {name: known_lora(Path(name)) for name in PUBLISHED}
     assert seen == PUBLISHED
 
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from kinema.catalog.table import faults, letters, load_catalog, read_tables
+from kinema.catalog.table import faults, letters, load_catalog, read_shipped, read_tables
 from kinema.errors import CatalogError, RequestError
 from kinema.schema import CatalogEntry, Frozen
 
@@ -137,20 +135,18 @@ def load_store(extra: Sequence[Path] = ()) -> Store:
 
     Raises CatalogError for a row that is no file.
     """
-    shipped = _shipped()
+    store = _shipped()
     own = [file for path in extra for file in read_files(str(path), read_tables(path).get("repositories", {}))]
     named = {(file.repository, file.path) for file in own}
-    rest = (file for file in shipped.files if (file.repository, file.path) not in named)
-    return replace(shipped, files=(*own, *rest), models=load_catalog(extra)) if extra else shipped
+    rest = (file for file in store.files if (file.repository, file.path) not in named)
+    return replace(store, files=(*own, *rest), models=load_catalog(extra)) if extra else store
 
 
 @cache
 def _shipped() -> Store:
-    folder = resources.files("kinema.catalog")
-    table = tomllib.loads(folder.joinpath("parts.toml").read_text("utf-8"))
-    files = tomllib.loads(folder.joinpath("files.toml").read_text("utf-8"))
+    table = read_shipped("parts.toml")
     return Store(
-        tuple(read_files("kinema/catalog/files.toml", files["repositories"])),
+        tuple(read_files("kinema/catalog/files.toml", read_shipped("files.toml")["repositories"])),
         load_catalog(),
         {name: Part(**row) for name, row in table["parts"].items()},
         {name: Renamed(**row) for name, row in table["renames"].items()},

@@ -6,14 +6,13 @@ says of such a file, it says of the real one.
 
 from __future__ import annotations
 
-import tomllib
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from kinema.catalog.choice import kind
 from kinema.catalog.files import CatalogFile
+from kinema.catalog.table import read_shipped
 from kinema.schema import CatalogEntry, Component, FileFacts, Frozen
 
 DTYPES = {"16": "float16", "32": "float32"}
@@ -44,8 +43,7 @@ class Layout(Frozen):
 @cache
 def load_layouts() -> dict[str, Layout]:
     """Return the layouts of all parts, and of all DiTs that differ in structure."""
-    text = resources.files("kinema.catalog").joinpath("layouts.toml").read_text("utf-8")
-    return {name: Layout.model_validate(row) for name, row in tomllib.loads(text).items()}
+    return {name: Layout.model_validate(row) for name, row in read_shipped("layouts.toml").items()}
 
 
 def dit_layouts(model: CatalogEntry) -> list[Layout]:

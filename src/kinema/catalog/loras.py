@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
+from kinema.catalog.table import read_shipped
 from kinema.schema import CatalogLora
 
 
 @cache
 def load_loras() -> dict[str, CatalogLora]:
     """Return all published LoRAs that Kinema knows, by name."""
-    text = resources.files("kinema.catalog").joinpath("loras.toml").read_text("utf-8")
-    return {
-        name: CatalogLora.model_validate({**row, "name": name}) for name, row in tomllib.loads(text)["loras"].items()
-    }
+    rows = read_shipped("loras.toml")["loras"]
+    return {name: CatalogLora.model_validate({**row, "name": name}) for name, row in rows.items()}
 
 
-def known_lora(path: Path, table: Mapping[str, CatalogLora]) -> str | None:
+def known_lora(path: Path) -> str | None:
     """Return the name of the published LoRA that a file is called after, None for others: a hint, as names are."""
     spelled = (path.name.casefold(), f"{path.parent.name}/{path.name}".casefold())
-    for name, lora in table.items():
+    for name, lora in load_loras().items():
         if any(fnmatchcase(text, pattern) for pattern in lora.files for text in spelled):
             return name
     return None

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,11 +69,8 @@ def wanted_of(files: Sequence[CatalogFile], addresses: Sequence[str], hub: Hub, 
     rows = wanted(files, source)
     sources = [found for address in addresses if (found := parse_source(address))]
     if sources:
-        client = HubClient(hub)
-        try:
+        with closing(HubClient(hub)) as client:
             rows += [row for found in sources for row in wanted_from(found, client)]
-        finally:
-            client.close()
     return list(dict.fromkeys(rows))
 
 
@@ -94,23 +91,21 @@ def pull(
     Raises CatalogError for what cannot be had or arrives wrong twice, MachineError for a disk that is too small, and
     for a folder that cannot be written.
     """
-    client = HubClient(hub, connections=connections, patience=patience, timeout=timeout)
-    try:
+    with closing(HubClient(hub, connections=connections, patience=patience, timeout=timeout)) as client:
         single = [(file, one) for file in files for one in _expanded(file, client)]
         missing = [(file, one) for file, one in single if not _is_there(one, root, client)]
         coming = [(file, _described(one, client), root / one.place) for file, one in missing]
         yield from dict.fromkeys(_elsewhere(file, remote) for file, remote, _ in coming if remote.hub != file.hub)
         transfers = [Transfer(remote, place, chunk) for _, remote, place in coming]
         _check_room(transfers)
-        yield from _run(transfers, client, connections, cancelled)
-    except OSError as error:
-        raise MachineError(
-            f"writing failed: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""),
-            "make room on the disk, or pull to another folder: --to FOLDER; what came so far is kept, and the same "
-            "command goes on from there",
-        ) from error
-    finally:
-        client.close()
+        try:
+            yield from _run(transfers, client, connections, cancelled)
+        except OSError as error:
+            raise MachineError(
+                f"writing failed: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""),
+                "make room on the disk, or pull to another folder: --to FOLDER; what came so far is kept, and the "
+                "same command goes on from there",
+            ) from error
 
 
 # --- before the start --------------------------------------------------------------------------------

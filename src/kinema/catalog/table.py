@@ -18,16 +18,21 @@ from kinema.schema import CatalogEntry
 VAE_FILES = {"wan2.1": "vae21", "wan2.2": "vae22", "flux": "vae_flux"}
 
 
+def read_shipped(name: str) -> dict[str, Any]:
+    """Return a table that comes with the package."""
+    return tomllib.loads(resources.files("kinema.catalog").joinpath(name).read_text("utf-8"))
+
+
 def load_catalog(extra: Sequence[Path] = ()) -> dict[str, CatalogEntry]:
     """Return all models by name: those Kinema ships, then the user's files, whose rows win.
 
     Raises CatalogError for a file that cannot be read or a row that is not a model.
     """
-    shipped = tomllib.loads(resources.files("kinema.catalog").joinpath("models.toml").read_text("utf-8"))
+    own = ((str(path), read_tables(path)) for path in extra)
     catalog: dict[str, CatalogEntry] = {}
     shared: dict[str, Any] = {}
     negatives: dict[str, str] = {}
-    for source, table in (("kinema/catalog/models.toml", shipped), *((str(path), read_tables(path)) for path in extra)):
+    for source, table in (("kinema/catalog/models.toml", read_shipped("models.toml")), *own):
         shared |= table.get("shared", {})
         negatives |= table.get("negatives", {})
         for name, row in table.get("models", {}).items():

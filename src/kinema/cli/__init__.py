@@ -14,6 +14,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     from kinema.cli.app import run
 
     return run(argv)
-
-
-__all__ = ["main"]

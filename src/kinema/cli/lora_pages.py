@@ -21,7 +21,7 @@ def described(path: Path, weights: Weights | None) -> tuple[str, dict[str, Any]]
     """Return what a LoRA is, as text and as data; with a model also how it fits."""
     lora = read_lora(path)
     facts = fit(path, weights) if weights else lora_facts(lora, {})
-    known = known_lora(facts.files[0], load_loras())
+    known = known_lora(facts.files[0])
     scales = sorted({round(lora.scale(change), 6) for change in lora.changes})
     rows: dict[str, str] = {
         "names": f"{facts.dialect}, for {facts.family.title() if facts.family == 'wan' else 'FLUX'}",

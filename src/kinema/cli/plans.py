@@ -135,23 +135,14 @@ def _costs(plan: Plan) -> Table:
 def models_text(settings: Settings) -> tuple[str, list[dict[str, Any]]]:
     """Return the catalog as a table, and as data: every model, what it takes, where it is installed."""
     shown, data = [], []
+    told = {"name", "title", "aliases", "takes", "needs", "licence"}
     store, folders = load_store(settings.catalogs), Folders.of(settings)
     for entry in store.models.values():
         files, lacks = _installed(entry, store, folders)
         takes, size = ", ".join(("text", *entry.takes)), f"{entry.size[0]}x{entry.size[1]}"
         shown.append((entry.name, entry.title, takes, size, str(entry.frames), "yes" if files else "no"))
         data.append(
-            {
-                "name": entry.name,
-                "title": entry.title,
-                "aliases": list(entry.aliases),
-                "takes": list(entry.takes),
-                "needs": list(entry.needs),
-                "licence": entry.licence,
-                "installed": bool(files),
-                "files": files,
-                "missing": lacks,
-            }
+            entry.model_dump(mode="json", include=told) | {"installed": bool(files), "files": files, "missing": lacks}
         )
     columns = ("model", "what it is", "takes", "size", "frames", "installed")
     searched = f"searched: {', '.join(map(str, settings.models)) or 'no folder'}"
