@@ -146,8 +146,9 @@ def _cell(made: Provision) -> str:
 def _presets(store: Store) -> str:
     rows = []
     for name, menu in store.presets.items():
-        for made in preset(name, store)[1]:
-            rows.append((f"`{name}`", menu.title, f"`{made.model.name}`", made.precision, "; ".join(made.notes)))
+        for line, made in zip(menu.lines, preset(name, store)[1], strict=True):
+            other = made.notes[0] if made.precision.casefold() != line.precision.casefold() else ""
+            rows.append((f"`{name}`", menu.title, f"`{made.model.name}`", made.precision, other))
     head = "## Presets\n\n`kinema models pull --preset 12GB` and so on take the menu of cards that guides print.\n\n"
     return head + _table(
         ("preset", "card", "model", "precision", "where the menu names what was never published"), rows

@@ -219,10 +219,10 @@ def provide_precision(model: CatalogEntry, precision: str, store: Store, card: C
     only = replace(store, files=tuple(f for f in store.files if f.role not in model.dit_roles or f in offer.files))
     made = provide(model, only, card, with_loras=with_loras)
     if offer.precision.casefold() == precision.casefold():
-        return replace(made, notes=())
+        return made
     names = " and ".join(file.name for file in offer.files)
     text = f"{model.name} in {precision} was not published; nearest is {offer.precision}: {names}"
-    return replace(made, notes=(text,))
+    return replace(made, notes=(text, *made.notes))
 
 
 def preset(name: str, store: Store, ram: int = RAMS[0], disk: int | None = None) -> tuple[Card, list[Provision]]:

@@ -74,6 +74,11 @@ def test_presets_take_the_nearest_real_file_and_say_so():
     assert [len(preset(name, STORE)[1]) for name in STORE.presets] == [3, 4, 4, 4, 5]
 
 
+def test_a_preset_says_how_it_runs_too():
+    slow = [made for made in preset("24GB", STORE, ram=12 * 10**9)[1] if made.mode == "from disk"]
+    assert slow and all("read from disk at every step" in made.notes[-1] for made in slow)
+
+
 def test_a_plan_says_which_files_and_what_more_would_bring(cli: Cli):
     ran = cli("models", "plan", "--task", "i2v", "--vram", "16GB", "--ram", "32GB")
     assert ran.code == 0 and "wan2.2-i2v-a14b: Q6_K, streamed" in ran.out and "with 24 GB of VRAM" in ran.out
