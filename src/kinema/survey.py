@@ -156,8 +156,7 @@ def _locate(
         return {**resolve_folder(folder, given=flags), **flags}, ()
     if not missing(named, flags, _also(request)):
         return flags, ()
-    card = Card.of(machine, request.vram, request.ram)
-    chosen = installed(named, settings, card, given=flags, also=_also(request))
+    chosen = _installed(named, request, settings, Card.of(machine, request.vram, request.ram), flags)
     return {**chosen.files, **flags}, (Note(about="files", text=chosen.note),) if chosen.note else ()
 
 
@@ -176,25 +175,26 @@ def _here(place: Path | str | None, settings: Settings) -> Path:
     return Path(str(place)) if source is None else fetched(source, Folders.of(settings))
 
 
-def installed(
-    entry: CatalogEntry, settings: Settings, card: Card, given: Collection[str] = (), also: Collection[str] = ()
-) -> Chosen:
+def _installed(entry: CatalogEntry, request: Request, settings: Settings, card: Card, given: Collection[str]) -> Chosen:
     """Return the best installed files of a model for a card; CatalogError says what to pull where some lack."""
     store, folders = load_store(settings.catalogs), Folders.of(settings)
     how = judge(entry, store, card)
     need = Need(card, how) if how else None
     try:
-        return find_files(entry, store, folders, need=need, given=given, also=also)
+        return find_files(entry, store, folders, need=need, given=given, also=_also(request))
     except CatalogError as error:
         if how is None or "missing" not in error.details:
             raise
         name, files = entry.name, lacking(provide(entry, store, card), error.details["missing"])
+        limits = (("vram", card.vram), ("ram", card.ram)) if request.vram or request.ram else ()
+        options = "".join(f" --{limit} {amount / 1e9:g}GB" for limit, amount in limits if amount)
         if not files:  # a part that few runs use, of no set
             files = [file for role in error.details["missing"] for file in store.serving(entry.part(role))[:1]]
-            name = f"ms:{files[0].repository}"
+            name, options = f"ms:{files[0].repository}", ""
         size, names = sum(file.bytes or 0 for file in files) / 1e9, ", ".join(file.name for file in files)
         error.details |= {"pull": name, "files": [f"{file.repository}/{file.path}" for file in files]}
-        error.hint = f"type: kinema models pull {name}   ({f'{size:.1f} GB: ' if size else ''}{names})\n{error.hint}"
+        listed = f"{f'{size:.1f} GB: ' if size else ''}{names}"
+        error.hint = f"type: kinema models pull {name}{options}   ({listed})\n{error.hint}"
         raise
 
 

@@ -192,9 +192,13 @@ def test_generate_pulls_what_lacks_where_it_is_asked(cli: Cli, root: Path, hub: 
 
 def test_generate_pulls_the_very_files_it_names(cli: Cli, root: Path, hub: FakeHub):
     """Those for the memory that is asked for, not for all that the machine has."""
-    words = ("generate", "a cat", "--model", "wan2.1-t2v-14b", "--vram", "8GB", "--ram", "16GB")
+    card = ("--vram", "8GB", "--ram", "16GB")
+    words = ("generate", "a cat", "--model", "wan2.1-t2v-14b", *card)
     named = cli(*words, "--json").error
     files = named["details"]["files"]
+    assert "kinema models pull wan2.1-t2v-14b --vram 8GB --ram 16GB " in named["hint"]
+    (planned,) = cli("models", "plan", "--task", "wan2.1-t2v-14b", *card, "--json").events[0]["models"]
+    assert files[0] == "{repository}/{path}".format(**planned["files"][0])
     assert all(file.rsplit("/", 1)[1] in named["hint"] for file in files)
     assert cli(*words, "--pull").code == 3, "the hub has nothing"
     repository, path = files[0].split("/", 2)[:2], files[0].split("/", 2)[2]
