@@ -34,9 +34,8 @@ def build(device: str) -> tuple[WanVAE, AutoencoderKLWan]:
         ours = WanVAE(WanVAEConfig()).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
         save_file(theirs.state_dict(), Path(folder) / "vae.safetensors")
-        file = open_tensors(Path(folder) / "vae.safetensors")
-        names = translate(file)
-        state = {official: names.read(file, official).clone() for official in names.sources}
+        names = translate(open_tensors(Path(folder) / "vae.safetensors"))
+        state = {official: names.read(official).clone() for official in names.sources}
     ours.load_state_dict(state, assign=True)
     return ours.to(device), theirs.to(device)
 

@@ -57,9 +57,8 @@ def meaning(path: Path) -> State:
     """All tensors of a file as float32, by official name."""
     from kinema.weights.keys import translate
 
-    file = open_weights(path)
-    translation = translate(file)
-    return {name: translation.read(file, name).float() for name in translation.sources}
+    translation = translate(open_weights(path))
+    return {name: translation.read(name).float() for name in translation.sources}
 
 
 # --- names -------------------------------------------------------------------------------------------------

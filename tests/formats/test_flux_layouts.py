@@ -69,9 +69,8 @@ def test_transformers(tmp_path: Path, name: str, spelling: str) -> None:
             shapes = shapes_of(diffusers_dit(config))
     path = write_sparse(tmp_path / "a.safetensors", shapes)
     facts = inspect(path)
-    file = open_tensors(path)
-    translation = translate(file)
-    assert {key: translation.shape(file, key) for key in translation.sources} == official
+    translation = translate(open_tensors(path))
+    assert {key: translation.shape(key) for key in translation.sources} == official
     assert (facts.component, facts.dialect, facts.config) == ("flux_dit", spelling, config)
     assert (facts.parameters, facts.tensors) == (parameters, len(official))
 
@@ -86,9 +85,8 @@ def test_autoencoders(tmp_path: Path, spelling: str) -> None:
             shapes = shapes_of(AutoencoderKL(**_diffusers_vae(128, 2)))
     path = write_sparse(tmp_path / "a.safetensors", shapes, "F32")
     facts = inspect(path)
-    file = open_tensors(path)
-    translation = translate(file)
-    assert {key: translation.shape(file, key) for key in translation.sources} == official
+    translation = translate(open_tensors(path))
+    assert {key: translation.shape(key) for key in translation.sources} == official
     assert (facts.component, facts.dialect, facts.parameters) == ("flux_vae", spelling, 83_819_683)
     assert facts.config == {"dim": 128, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_dim": 16}
 

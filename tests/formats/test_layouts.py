@@ -117,10 +117,9 @@ def diffusers_vae(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def translated(path: Path) -> dict[str, tuple[int, ...]]:
-    file = open_tensors(path)
-    translation = translate(file)
+    translation = translate(open_tensors(path))
     assert not translation.leftover
-    return {name: translation.shape(file, name) for name in translation.sources}
+    return {name: translation.shape(name) for name in translation.sources}
 
 
 DIFFUSERS_LACKS = ("fun_camera", "fun_control")

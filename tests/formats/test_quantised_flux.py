@@ -17,7 +17,6 @@ from kinema.models.encoders import UMT5
 from kinema.weights import passage
 from kinema.weights.convert import convert
 from kinema.weights.detect import inspect
-from kinema.weights.files import TensorFile
 from kinema.weights.gguf import gguf_header
 from kinema.weights.keys import Translation
 from kinema.weights.load import load
@@ -121,9 +120,9 @@ def test_joined_matrices_are_read_a_few_rows_at_a_time(
     done(convert(tmp_path / "theirs.safetensors", tmp_path / "whole.gguf", "Q8_0", "official"))
     read = Translation.read
 
-    def small_ones(self: Translation, file: TensorFile, official: str) -> Tensor:
+    def small_ones(self: Translation, official: str) -> Tensor:
         assert len(self.sources[official].parts) == 1, f"{official} is read whole"
-        return read(self, file, official)
+        return read(self, official)
 
     monkeypatch.setattr(Translation, "read", small_ones)
     monkeypatch.setattr(passage, "CHUNK", 50 * 128)

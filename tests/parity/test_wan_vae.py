@@ -116,10 +116,9 @@ def test_diffusers_agrees(version: str, tmp_path: Path) -> None:
     theirs.eval().requires_grad_(False)
     fill(theirs, salt=5)
     save_file(theirs.state_dict(), tmp_path / "vae.safetensors")
-    file = open_tensors(tmp_path / "vae.safetensors")
-    names = translate(file)
+    names = translate(open_tensors(tmp_path / "vae.safetensors"))
     ours = WanVAE(WanVAEConfig(version, dim=8, dec_dim=8 if version == "2.1" else 16, z_dim=theirs.config.z_dim))
-    ours.load_state_dict({official: names.read(file, official) for official in names.sources})
+    ours.load_state_dict({official: names.read(official) for official in names.sources})
     ours.eval().requires_grad_(False)
 
     video, latents = small_inputs(ours, latent_frames=3)

@@ -100,8 +100,8 @@ def convert(
     what was meant, OutputError where it cannot be written. Nothing is left of a file that is not whole.
     """
     wanted = _format(source, target, to, overwrite)
-    file = open_weights(source)
-    conversion = _Conversion(Rows(file, translate(file), adjust), inspect(source), wanted, names)
+    rows = Rows(translate(open_weights(source)), adjust)
+    conversion = _Conversion(rows, inspect(source), wanted, names)
     tensors = conversion.tensors()
     _check_room(target, sum(tensor.bytes for tensor in tensors))
     with whole_file(target) as temporary:
@@ -146,6 +146,7 @@ class _Conversion:
 
     def __init__(self, rows: Rows, facts: FileFacts, wanted: Format, names: str | None) -> None:
         self.rows, self.facts, self.wanted = rows, facts, wanted
+        self.translation, self.file = rows.translation, rows.translation.file
         component, gguf = facts.component, wanted.container == "gguf"
         if gguf and component not in ARCHITECTURES:
             problem = f"a {component.replace('_', ' ')} has no place in a GGUF file"
@@ -156,19 +157,20 @@ class _Conversion:
         if names is None:
             llama = gguf and component in ("text_encoder", "t5")
             names = "gguf" if llama else "transformers" if facts.dialect == "gguf" else facts.dialect
-        self.dialect, self.spelt = spell(component, names, rows.translation.sources)
+        self.dialect, self.spelt = spell(component, names, self.translation.sources)
         leaves = packable(component, build(component, facts.config))
         self.matrices = {name for name, leaf in leaves if isinstance(leaf, nn.Linear)}
-        self.passages = [self._passage(official) for official in rows.translation.sources]
+        self.passages = [self._passage(official) for official in self.translation.sources]
 
     def _passage(self, official: str) -> Passage:
-        wanted, file, name = self.wanted, self.rows.file, self.rows.name(official)
-        if wanted.kind is None and file.is_packed(name):
-            return self._as_stored(official)
-        # fp8 numbers are float16 numbers too; scaled ones, and those of blocks, need float32.
-        plain = file.dtype(name) if not file.is_packed(name) else torch.float32
-        if file.is_packed(name) and file.kind(name).startswith("fp8") and self._unscaled(official):
-            plain = torch.float16
+        wanted, name = self.wanted, self.translation.sources[official].names[0]
+        packed = self.file.packed(name)
+        if packed is None:
+            plain = self.file.dtype(name)
+        elif wanted.kind is None:
+            return self._as_stored(official, packed.kind)
+        else:  # fp8 numbers are float16 numbers too; scaled ones, and those of blocks, need float32
+            plain = torch.float16 if packed.kind.startswith("fp8") and packed.scale is None else torch.float32
         if plain.is_floating_point:
             if wanted.whole and isinstance(wanted.kind, torch.dtype):
                 plain = wanted.kind
@@ -178,24 +180,18 @@ class _Conversion:
             plain = torch.float32
         return Passage(self.rows, official, plain)
 
-    def _unscaled(self, official: str) -> bool:
-        packed = self.rows.file.packed(self.rows.name(official))
-        return packed is not None and packed.scale is None
-
     def _divides(self, official: str) -> bool:
         """Whether rows are a multiple of the wanted block."""
         block = BLOCK_TYPES.get(str(self.wanted.kind))
-        return block is None or self.rows.shape(official)[-1] % block.weights == 0
+        return block is None or self.translation.shape(official)[-1] % block.weights == 0
 
-    def _as_stored(self, official: str) -> Passage:
-        packed = self.rows.packed(official)
-        gguf = self.wanted.container == "gguf"
-        kind = self.rows.file.kind(self.rows.name(official))
+    def _as_stored(self, official: str, kind: str) -> Passage:
+        packed, gguf = self.translation.packed(official), self.wanted.container == "gguf"
         if packed is None or packed.rotation or self.rows.adjust or (kind in BLOCK_TYPES) != gguf:
             example = "Q8_0" if gguf else "bfloat16"
             problem = f"{official} is {kind}, which cannot stay as it is in this {self.wanted.container} file"
             raise RequestError(problem, f"say what it is to become, such as --to {example}", field="to", got=None)
-        return Passage(self.rows, official, packed.kind, STORED)
+        return Passage(self.rows, official, kind, STORED)
 
     def tensors(self) -> list[Written]:
         """Return everything the file will hold, in the order of the source."""
@@ -206,9 +202,9 @@ class _Conversion:
                 written += passage.written(part, begin, end)
         # At the end: two bytes in front would put every number behind them out of line with the map.
         written += self._marker()
-        written += [in_memory(name, self.rows.file.get(name)) for name in self._carried()]
-        if self.rows.file.tokenizer and self.wanted.container != "gguf":
-            pieces = torch.frombuffer(bytearray(self.rows.file.tokenizer()), dtype=torch.uint8)
+        written += [in_memory(name, self.file.get(name)) for name in self._carried()]
+        if self.file.tokenizer and self.wanted.container != "gguf":
+            pieces = torch.frombuffer(bytearray(self.file.tokenizer()), dtype=torch.uint8)
             written.append(in_memory("spiece_model", pieces))
         return written
 
@@ -230,7 +226,7 @@ class _Conversion:
         return [in_memory(f"{self.dialect.prefix}scaled_fp8", marker)]
 
     def _ignored(self) -> list[str]:
-        return [name for names in self.rows.translation.ignored.values() for name in names]
+        return [name for names in self.translation.ignored.values() for name in names]
 
     def _carried(self) -> list[str]:
         """Names that mean nothing to the model and go along: a tokenizer, and whatever else a CLIP file has."""
@@ -240,7 +236,7 @@ class _Conversion:
 
     def metadata(self) -> dict[str, str]:
         dropped = ("_quantization_metadata", "format", "general.architecture")
-        kept = {key: value for key, value in self.rows.file.metadata.items() if key not in dropped}
+        kept = {key: value for key, value in self.file.metadata.items() if key not in dropped}
         if self.wanted.container == "gguf":
             kept["general.architecture"] = ARCHITECTURES[self.facts.component]
         return kept
@@ -258,7 +254,7 @@ class _Conversion:
         plain = [passage.official for passage in matrices if passage.kind not in wanted]
         say("to", plain, "stay plain: their rows are no multiple of a block")
         left = [name for name in self._ignored() if name not in self._carried()]
-        inside = ["the tokenizer"] if self.rows.file.tokenizer and self.wanted.container == "gguf" else []
+        inside = ["the tokenizer"] if self.file.tokenizer and self.wanted.container == "gguf" else []
         inside += ["the tokenizer"] if "spiece_model" in left else []
         say("tokenizer", inside, "inside does not go along; pass --tokenizer later")
         say("names", [name for name in left if name != "spiece_model"], "is of no use to the model and left out")

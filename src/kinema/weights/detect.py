@@ -16,7 +16,6 @@ from torch import nn
 
 from kinema.models.layers import tensors_of
 from kinema.schema import Component, FileFacts
-from kinema.weights.files import TensorFile
 from kinema.weights.folders import find_tokenizer, resolve_folder
 from kinema.weights.keys import Translation, components_of, translate
 from kinema.weights.quantised.layers import packable
@@ -37,11 +36,11 @@ def inspect(path: Path | str | Sequence[Path], component: Component | None = Non
     """
     file = open_weights(path)
     translation = translate(file, component)
-    shapes = Shapes(file, translation)
+    shapes = Shapes(translation)
     model = MODELS[translation.dialect.component]
     config = model.config(shapes)
     module = build_for(shapes, config)
-    packed = _packed(file, translation, module)
+    packed = _packed(translation, module)
     matrices = [leaf for _, leaf in packable(translation.dialect.component, module) if isinstance(leaf, nn.Linear)]
     blocks, float32_parameters = _sizes(module, translation.dialect.component)
     return FileFacts(
@@ -51,7 +50,7 @@ def inspect(path: Path | str | Sequence[Path], component: Component | None = Non
         container=file.container,
         component=translation.dialect.component,
         dialect=translation.dialect.name,
-        dtype=_main_dtype(file, translation),
+        dtype=_main_dtype(translation),
         tensors=len(shapes.table),
         parameters=sum(math.prod(shape) for shape in shapes.table.values()),
         config=config,
@@ -100,20 +99,19 @@ def name_suggests(path: Path) -> Literal["high", "low"] | None:
     return "low" if folder.name == "transformer_2" else None
 
 
-def _main_dtype(file: TensorFile, translation: Translation) -> str:
+def _main_dtype(translation: Translation) -> str:
     """The dtype of most parameters."""
     weight: Counter[str] = Counter()
-    for source in translation.sources.values():
-        for name in source.names:
-            weight[file.kind(name)] += math.prod(file.shape(name))
+    for name in translation.names:
+        weight[translation.file.kind(name)] += math.prod(translation.file.shape(name))
     return weight.most_common(1)[0][0]
 
 
-def _packed(file: TensorFile, translation: Translation, module: nn.Module) -> list[StoredPacked]:
+def _packed(translation: Translation, module: nn.Module) -> list[StoredPacked]:
     """What of a file stays packed when it is loaded."""
-    stored, found = file.stored(), []
+    stored, found = translation.file.stored(), []
     for name, _ in packable(translation.dialect.component, module):
-        if translation.stays_packed(file, name):
+        if translation.stays_packed(name):
             tensor = stored[translation.sources[name].names[0]]
             assert isinstance(tensor, StoredPacked)
             found.append(tensor)

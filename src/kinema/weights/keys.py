@@ -1,6 +1,5 @@
 """How each publisher spells the tensors of a model: tables from their names to the official ones.
 
-Shapes and values are others' affair.
 Source: Wan-Video/Wan2.1 and Wan-Video/Wan2.2 wan/modules (official names); huggingface/diffusers
 scripts/convert_wan_to_diffusers.py; huggingface/transformers UMT5EncoderModel, CLIPVisionModel; ComfyUI file headers.
 """
@@ -52,13 +51,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Translation:
-    """What a file's names mean.
+    """A checkpoint by official names.
 
     sources    official name -> where it comes from.
     ignored    pattern of the dialect's list -> the names it left out.
     leftover   names that mean nothing in this dialect.
     """
 
+    file: TensorFile
     dialect: Dialect
     sources: dict[str, Source]
     ignored: dict[str, tuple[str, ...]]
@@ -69,35 +69,32 @@ class Translation:
         """Names in the file of everything that is used."""
         return tuple(name for source in self.sources.values() for name in source.names)
 
-    def shape(self, file: TensorFile, official: str) -> tuple[int, ...]:
+    def shape(self, official: str) -> tuple[int, ...]:
         """Shape the official tensor will have. Parts that do not fit together give the first part's other axes."""
         source = self.sources[official]
-        shapes = [file.shape(name) for name in source.names]
+        shapes = [self.file.shape(name) for name in source.names]
         joined = shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes if shape), *shapes[0][1:])
         return (1,) * source.lead + joined + (1,) * source.tail
 
-    def read(self, file: TensorFile, official: str) -> Tensor:
-        """Return the official tensor: mapped, unless it has to be joined of parts."""
+    def read(self, official: str) -> Tensor:
+        """Return the official tensor: mapped, unless it has to be joined of parts or unpacked, which gives float32."""
         source = self.sources[official]
-        parts = [file.get(name) for name in source.names]
+        parts = [self.file.get(name) for name in source.names]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if source.swap:
             tensor = exchanged(tensor)
         return tensor.reshape((1,) * source.lead + tensor.shape + (1,) * source.tail)
 
-    def is_one(self, official: str) -> bool:
-        """Whether the official tensor is one tensor of the file just as it is."""
-        source = self.sources.get(official, Source())
-        return len(source.parts) == 1 and not (source.lead or source.tail or source.swap)
-
-    def stays_packed(self, file: TensorFile, official: str) -> bool:
+    def stays_packed(self, official: str) -> bool:
         """Whether the official tensor is one packed matrix of the file, not to be joined or reshaped."""
-        name = self.sources[official].names[0] if self.is_one(official) else None
-        return name is not None and file.is_packed(name) and len(file.shape(name)) == 2
+        source = self.sources.get(official, Source())
+        if len(source.parts) != 1 or source.lead or source.tail or source.swap:
+            return False
+        return self.file.is_packed(source.names[0]) and len(self.file.shape(source.names[0])) == 2
 
-    def packed(self, file: TensorFile, official: str) -> Packed | None:
+    def packed(self, official: str) -> Packed | None:
         """Return the official tensor in its packed form, mapped; None where it does not stay packed."""
-        return file.packed(self.sources[official].names[0]) if self.stays_packed(file, official) else None
+        return self.file.packed(self.sources[official].names[0]) if self.stays_packed(official) else None
 
 
 # --- DiT -------------------------------------------------------------------------------------------
@@ -347,7 +344,7 @@ def translate(file: TensorFile, component: Component | None = None) -> Translati
         names = sources.pop(official).names
         ignored.setdefault(_without_index(names[0]), []).extend(names)
     tidy = {pattern.replace(r"\..+", ".*").replace("\\", ""): tuple(names) for pattern, names in ignored.items()}
-    return Translation(dialect, sources, tidy, tuple(leftover))
+    return Translation(file, dialect, sources, tidy, tuple(leftover))
 
 
 def component_of(file: TensorFile) -> Component | None:

@@ -16,7 +16,7 @@ from kinema.models.layers import HELD_AS
 from kinema.models.tokenizer import Tokenizer
 from kinema.models.wan import constant
 from kinema.schema import Component, ModelRef
-from kinema.weights.files import TensorFile, open_tensors
+from kinema.weights.files import open_tensors
 from kinema.weights.keys import Translation, translate
 from kinema.weights.lora.fuse import Fusion, fusion_of
 from kinema.weights.quantised.layers import packable, swap
@@ -41,7 +41,7 @@ def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
     if translation.dialect.component != ref.component:
         found, wanted = WHAT[translation.dialect.component], WHAT[ref.component]
         raise CheckpointError(f"{file.path} is {found}, not {wanted}", path=file.path, expected=wanted, found=found)
-    shapes = Shapes(file, translation)
+    shapes = Shapes(translation)
     module = build(ref.component, ref.config)
     room = _room(ref, shapes)
     check(shapes, module)
@@ -50,19 +50,23 @@ def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
     dtype, keeps = getattr(torch, ref.dtype), FLOAT32_KEYS.get(ref.component, lambda _: False)
     mapped = {name for name, _ in module.named_parameters() if ref.resident_blocks is not None}
     place = "cpu" if mapped else ref.device
-    for name, packed in _packed_weights(ref, file, translation, module, fused):
+    for name, packed in _packed_weights(ref, translation, module, fused):
         swap(module, name, packed.to(place), dtype, fp8_matmul=ref.fp8_matmul)
         names.remove(name)
 
     def value(name: str) -> Tensor:
+        """The tensor where it is wanted. Moved before it is unpacked or converted: the faster device does that."""
         wanted = torch.float32 if keeps(name) else dtype
+        if name not in room and (packed := translation.packed(name)) is not None:
+            return packed.to(place).dequantised(wanted)
+        tensor = _value(translation, name)
+        if name in mapped and name not in fused and name not in room:
+            return tensor
+        tensor = tensor.to(place)
         if name in room:
-            packed = translation.packed(file, name)
-            narrow = _value(file, translation, name) if packed is None else packed.dequantised(torch.float32)
-            return fused(name, F.pad(narrow, (0, room[name]))).to(place, wanted)
-        if name in mapped and name not in fused and translation.packed(file, name) is None:
-            return _value(file, translation, name)
-        return _placed(file, translation, name, wanted, place, fused)
+            tensor = F.pad(tensor, (0, room[name]))
+        tensor = fused(name, tensor)
+        return tensor.to(wanted) if tensor.is_floating_point() else tensor
 
     module.load_state_dict({name: value(name) for name in names}, strict=True, assign=True)
     for name, tensor in module.named_parameters():
@@ -112,10 +116,10 @@ def _room(ref: ModelRef, shapes: Shapes) -> dict[str, int]:
 
 
 def _packed_weights(
-    ref: ModelRef, file: TensorFile, translation: Translation, module: nn.Module, fused: Fusion
+    ref: ModelRef, translation: Translation, module: nn.Module, fused: Fusion
 ) -> Iterator[tuple[str, Packed]]:
     """Yield the weights that are held packed: as the file has them, or rounded now where the recipe says so."""
-    stored = describe(file, translation.names)
+    file, stored = translation.file, describe(translation.file, translation.names)
     if ref.quantisation not in (stored, *(ON_LOAD if not stored else ())):
         raise CheckpointError(
             f"{file.path} holds {stored or 'plain weights'}, not {ref.quantisation or 'plain weights'} as planned",
@@ -125,10 +129,10 @@ def _packed_weights(
             found=stored,
         )
     for name, leaf in list(packable(ref.component, module)):
-        if stored and (packed := translation.packed(file, name)) is not None:
+        if stored and (packed := translation.packed(name)) is not None:
             yield name, packed
         elif not stored and ref.quantisation and isinstance(leaf, nn.Linear):
-            weight = fused(name, translation.read(file, name).to(ref.device))
+            weight = fused(name, translation.read(name).to(ref.device))
             yield name, quantise(weight, *ON_LOAD[ref.quantisation])
 
 
@@ -144,18 +148,8 @@ def load_tokenizer(encoder: Sequence[Path], tokenizer: Path | None, component: C
     return found
 
 
-def _placed(
-    file: TensorFile, translation: Translation, name: str, dtype: torch.dtype, device: str, fused: Fusion
-) -> Tensor:
-    """One tensor where it is wanted. Moved before it is unpacked or converted, so that the faster device does it."""
-    if (packed := translation.packed(file, name)) is not None:
-        return packed.to(device).dequantised(dtype)
-    tensor = fused(name, _value(file, translation, name).to(device))
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _value(file: TensorFile, translation: Translation, name: str) -> Tensor:
+def _value(translation: Translation, name: str) -> Tensor:
     """The file's tensor; where it leaves out one that never varies, that."""
-    given = translation.read(file, name) if name in translation.sources else constant(name)
+    given = translation.read(name) if name in translation.sources else constant(name)
     assert given is not None, f"{name} is missing, which the check should have found"
     return given

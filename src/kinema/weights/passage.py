@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kinema.errors import CheckpointError
-from kinema.weights.files import TensorFile
 from kinema.weights.keys import Translation
 from kinema.weights.quantised.blocks import BLOCK_TYPES
 from kinema.weights.quantised.packed import NUMBER_TYPES, Packed, quantise
@@ -33,25 +32,14 @@ Adjust = Callable[[str, int, Tensor], Tensor]
 class Rows:
     """The tensors of a checkpoint by official name, a few rows at a time, in float32."""
 
-    file: TensorFile
     translation: Translation
     adjust: Adjust | None = None
-
-    def name(self, official: str) -> str:
-        """Name in the file of the tensor, or of its first part."""
-        return self.translation.sources[official].names[0]
-
-    def shape(self, official: str) -> tuple[int, ...]:
-        return self.translation.shape(self.file, official)
-
-    def packed(self, official: str) -> Packed | None:
-        return self.translation.packed(self.file, official)
 
     def get(self, official: str, begin: int, end: int) -> Tensor:
         """Return these rows; a tensor without axes is one row. Of joined tensors only the rows asked for are read."""
         source = self.translation.sources[official]
-        if source.lead or source.tail or source.swap or not self.shape(official):
-            whole = self.translation.read(self.file, official)
+        if source.lead or source.tail or source.swap or not self.translation.shape(official):
+            whole = self.translation.read(official)
             rows = whole[begin:end] if whole.ndim else whole
         else:
             pieces = list(self._pieces(source.names, begin, end))
@@ -61,20 +49,21 @@ class Rows:
 
     def _pieces(self, names: Sequence[str], begin: int, end: int) -> Iterator[Tensor]:
         """What each of these tensors, one behind the other, holds of the rows."""
+        file = self.translation.file
         for name in names:
-            height = self.file.shape(name)[0]
+            height = file.shape(name)[0]
             part = slice(max(begin, 0), max(min(end, height), 0))
             if part.start < part.stop:
-                packed = self.file.packed(name)
-                yield packed.rows(part).dequantised() if packed else self.file.get(name)[part]
+                packed = file.packed(name)
+                yield packed.rows(part).dequantised() if packed else file.get(name)[part]
             begin, end = begin - height, end - height
 
     def spans(self, official: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """Cut rows into chunks, giving back the pages of each once it is done with."""
-        step = max(1, CHUNK // max(1, torch.Size(self.shape(official)[1:]).numel()))
+        step = max(1, CHUNK // max(1, torch.Size(self.translation.shape(official)[1:]).numel()))
         for start in range(begin, end, step):
             yield start, min(end, start + step)
-            self.file.release()
+            self.translation.file.release()
 
 
 class Passage:
@@ -86,14 +75,14 @@ class Passage:
 
     def __init__(self, rows: Rows, official: str, kind: torch.dtype | str, scales: str = "none") -> None:
         self.rows, self.official, self.kind, self.scales = rows, official, kind, scales
-        self.shape = rows.shape(official)
+        self.shape = rows.translation.shape(official)
         self._scale: Tensor | None = None  # of the whole tensor
         self._row_scales: list[Tensor] = []
 
     def encoded(self, start: int, stop: int) -> Tensor | Packed:
         """Return rows as they are stored."""
         if self.scales == STORED:
-            packed = self.rows.packed(self.official)
+            packed = self.rows.translation.packed(self.official)
             assert packed is not None
             return packed.rows(slice(start, stop))
         rows = self.rows.get(self.official, start, stop)
@@ -118,7 +107,7 @@ class Passage:
     @property
     def weight_only(self) -> bool:
         """Whether it is not to be multiplied in fp8: as the source says; ComfyUI has no scale for its input."""
-        packed = self.rows.packed(self.official) if self.scales == STORED else None
+        packed = self.rows.translation.packed(self.official) if self.scales == STORED else None
         return packed.weight_only if packed else self.scales == "tensor"
 
     def written(self, part: Spelt, begin: int, end: int) -> Iterator[Written]:
@@ -136,7 +125,7 @@ class Passage:
 
     def _scale_shape(self, rows: int) -> tuple[int, ...] | None:
         if self.scales == STORED:
-            packed = self.rows.packed(self.official)
+            packed = self.rows.translation.packed(self.official)
             scale = packed.scale if packed else None
             return None if scale is None else (rows, *scale.shape[1:]) if scale.ndim else ()
         shapes: dict[str, tuple[int, ...]] = {"tensor": (), "channel": (rows, 1)}
@@ -152,7 +141,7 @@ class Passage:
                         self._row_scales.append(encoded.scale)
                     encoded = encoded.data
                 elif encoded.is_floating_point() and not bool(encoded.isfinite().all()):
-                    path = self.rows.file.path
+                    path = self.rows.translation.file.path
                     raise CheckpointError(
                         f"{path}: {self.official} does not fit into {self.kind}, or is not finite",
                         "Take --to bfloat16, whose range is that of float32.",

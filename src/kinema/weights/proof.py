@@ -30,8 +30,7 @@ def compared(path: Path, facts: FileFacts, passages: Sequence[Passage]) -> Gener
     found = inspect(path)
     if (found.component, found.config) != (facts.component, facts.config):
         raise _unequal(path, "its structure")
-    file = open_weights(path)
-    back = Rows(file, translate(file))
+    back = Rows(translate(open_weights(path)))
     sums: dict[str, tuple[float, float]] = {}
     for number, passage in enumerate(passages, 1):
         sums[passage.official] = _change(path, passage, back)
@@ -48,7 +47,7 @@ def _change(path: Path, passage: Passage, back: Rows) -> tuple[float, float]:
     name = passage.official
     for start, stop in passage.rows.spans(name, 0, passage.shape[0] if passage.shape else 1):
         exact, found = passage.rows.get(name, start, stop), back.get(name, start, stop)
-        back.file.release()
+        back.translation.file.release()
         if not torch.equal(found, passage.meant(start, stop)):
             raise _unequal(path, name)
         change += float((found - exact).square_().sum(dtype=torch.float64))

@@ -29,7 +29,6 @@ from kinema.models.wan_config import ADAPTER_CONFIGS, CameraConfig
 from kinema.models.wan_vae import LATENT_STATISTICS, WanVAE, WanVAEConfig
 from kinema.models.wav2vec import STRIDES, Wav2Vec, Wav2VecConfig
 from kinema.schema import Component
-from kinema.weights.files import TensorFile
 from kinema.weights.keys import Translation
 
 S2V_LAYERS = {(40, 12): (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)}
@@ -44,9 +43,9 @@ CLIP_VIT_H = (1280, 32)
 class Shapes:
     """Shapes by official name; a question about an absent tensor is a CheckpointError."""
 
-    def __init__(self, file: TensorFile, translation: Translation) -> None:
-        self.file, self.translation = file, translation
-        self.table = {name: translation.shape(file, name) for name in translation.sources}
+    def __init__(self, translation: Translation) -> None:
+        self.file, self.translation = translation.file, translation
+        self.table = {name: translation.shape(name) for name in translation.sources}
 
     def __contains__(self, name: str) -> bool:
         return name in self.table

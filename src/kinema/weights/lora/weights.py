@@ -24,17 +24,15 @@ class Weights:
     def __init__(self, path: Path) -> None:
         self.facts = inspect(path)
         self.path = path
-        self._file = open_weights(path)
-        self._translation = translate(self._file)
+        self._translation = translate(open_weights(path))
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: self._translation.shape(self._file, name) for name in self._translation.sources}
+        return {name: self._translation.shape(name) for name in self._translation.sources}
 
     def get(self, name: str) -> Tensor:
         """Return one parameter, float32."""
-        packed = self._translation.packed(self._file, name)
-        return packed.dequantised() if packed is not None else self._translation.read(self._file, name).float()
+        return self._translation.read(name).float()
 
 
 def fitted(refs: Sequence[LoraRef], weights: Weights) -> Fusion:
