@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from kinema.errors import CheckpointError
 from kinema.lora import LoraRef
 from kinema.models.layers import HELD_AS
-from kinema.weights.lora.branches import Branch, Difference
+from kinema.weights.lora.branches import Branch
 from kinema.weights.lora.file import Change, LoraFile, read_lora
 from kinema.weights.lora.match import match
 
@@ -217,8 +217,6 @@ def _attach_one(
     elif isinstance(layer, nn.Linear):
         dtype = getattr(layer.weight, HELD_AS, layer.weight.dtype)
     branch = lora.branch(change, before, dtype, value.device)
-    if isinstance(branch, Difference):
-        branch.full = branch.full.reshape(before.shape)
     place = Place(index, start, rows, on_bias=name == "bias")
     if linear:
         if not isinstance(owner, LoraLinear):

@@ -145,7 +145,8 @@ class LoraFile:
     def branch(self, change: Change, weight: Tensor | None, dtype: torch.dtype, device: torch.device | str) -> Branch:
         """Return the change as a module.
 
-        weight  of the layer, float32 [out, in]: only DoRA and whole parameters need it.
+        weight  of the layer, float32 [out, in], or the vector: only DoRA and whole parameters need it; a difference
+                takes its shape.
         """
 
         def get(role: str) -> Tensor:
@@ -176,7 +177,7 @@ class LoraFile:
             assert weight is not None, "the difference to the weight it replaces"
             inner = Difference((get("full").float().reshape(weight.shape) - weight).to(dtype), scale)
         else:
-            inner = Difference(get("full"), scale)
+            inner = Difference(get("full") if weight is None else get("full").reshape(weight.shape), scale)
         if "magnitude" not in change.tensors:
             return inner
         assert weight is not None, "DoRA needs the weight it turns"

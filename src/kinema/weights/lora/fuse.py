@@ -10,7 +10,6 @@ from torch import Tensor
 from kinema.lora import LoraRef
 from kinema.schema import ModelRef
 from kinema.weights.lora.attach import as_matrix, check_finite, chosen, parameter_shapes
-from kinema.weights.lora.branches import Difference
 from kinema.weights.lora.file import Change, LoraFile, read_lora
 from kinema.weights.structure import build
 
@@ -43,8 +42,6 @@ class Fusion:
             start, rows = change.rows(weight.shape[0])
             before = as_matrix(weight).narrow(0, start, rows)
             branch = lora.branch(change, before, torch.float32, weight.device)
-            if isinstance(branch, Difference):
-                branch.full = branch.full.reshape(before.shape)
             total.narrow(0, start, rows).add_(branch.change(before), alpha=strength)
             norm = branch.norm(before)
             check_finite(lora, change, norm)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from kinema.lora import LoraRef
 from kinema.schema import Progress
 from kinema.weights.convert import Converted, convert
-from kinema.weights.lora.fuse import Fusion
 from kinema.weights.lora.weights import Weights, fitted
 
 
@@ -26,26 +25,14 @@ def merge(
     Raises as `convert`, and RequestError for a LoRA that would not act wholly.
     """
     weights = Weights(model)
-    changed = _Changed(weights, fitted(loras, weights))
+    fusion = fitted(loras, weights)
+
+    @lru_cache(maxsize=1)  # its rows come in chunks, one behind the other
+    def whole(name: str) -> Tensor:
+        return fusion(name, weights.get(name))
+
+    def changed(name: str, begin: int, rows: Tensor) -> Tensor:
+        return whole(name)[begin : begin + len(rows)] if name in fusion else rows
+
     written = yield from convert(model, target, to, names, overwrite=overwrite, adjust=changed)
-    return written, changed.sizes
-
-
-class _Changed:
-    """adjust(official name, first row, rows) -> rows, with the changes; a parameter is made whole once."""
-
-    def __init__(self, weights: Weights, fusion: Fusion) -> None:
-        self._weights, self._fusion = weights, fusion
-        self._name = ""
-        self._whole = torch.empty(0)
-
-    def __call__(self, name: str, begin: int, rows: Tensor) -> Tensor:
-        if name not in self._fusion:
-            return rows
-        if name != self._name:
-            self._name, self._whole = name, self._fusion(name, self._weights.get(name))
-        return self._whole[begin : begin + len(rows)]
-
-    @property
-    def sizes(self) -> tuple[float, ...]:
-        return self._fusion.sizes
+    return written, fusion.sizes
