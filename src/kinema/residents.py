@@ -158,7 +158,7 @@ class Residents:
 
     def _wear(self, ref: ModelRef, loras: Sequence[LoraRef]) -> None:
         """Have just these LoRAs beside the weights of a loaded model; the same files and layers stay as they are."""
-        key = tuple((lora.path, lora.path.stat().st_mtime_ns, lora.only, lora.skip) for lora in loras)
+        key = tuple((lora.path, _stamp(lora.path), lora.only, lora.skip) for lora in loras)
         worn = self._worn.get(ref, Worn())
         if worn.key == key:
             return

@@ -160,6 +160,14 @@ def test_a_lora_file_that_changed_is_read_again(make, tmp_path: Path) -> None:
     assert not close(make(lora=str(path))[0], first)
 
 
+def test_a_lora_file_that_went_away_after_planning_is_named(engine: Engine, tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "x.safetensors", "official", LORA)
+    plan = engine.plan(Request(model="tiny-t2v", prompt="a cat", save=tmp_path / "x.mp4", device="cpu", lora=str(path)))
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"x\.safetensors does not exist"):
+        list(engine.run(plan))
+
+
 def test_the_report_is_told_and_carried_by_the_video(engine: Engine, loras: dict[str, Path], tmp_path: Path) -> None:
     save = tmp_path / "x.mp4"
     request = Request(model="tiny-t2v", prompt="a cat walks", seed=3, save=save, device="cpu",

@@ -7,10 +7,9 @@ computed where they are read. Strengths are numbers on those modules, so they ma
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +21,7 @@ from kinema.models.layers import HELD_AS
 from kinema.weights.lora.branches import Branch
 from kinema.weights.lora.file import Change, LoraFile, read_lora
 from kinema.weights.lora.match import match
-
-
-@runtime_checkable
-class Quantised(Protocol):
-    """A Linear whose weight is packed: `dequantised` gives it as it is multiplied with, [out, in]."""
-
-    in_features: int
-    out_features: int
-
-    def dequantised(self) -> Tensor: ...
+from kinema.weights.quantised.layers import QuantisedLinear
 
 
 @dataclass(frozen=True)
@@ -179,8 +169,9 @@ def detach(model: nn.Module) -> None:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, module.base)
     for module in list(model.modules()):
-        for name in [name for name, found in _parametrized(module) if isinstance(found[0], ChangedParameter)]:
-            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        for name, found in _parametrized(module).items():
+            if isinstance(found[0], ChangedParameter):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
 
 
 def set_strengths(model: nn.Module, strengths: Sequence[float]) -> None:
@@ -194,10 +185,8 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a model's parameters by official name, packed weights as they would be unpacked."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     for path, module in model.named_modules():
-        if isinstance(module, Quantised):
+        if isinstance(module, QuantisedLinear):
             shapes[f"{path}.weight"] = (module.out_features, module.in_features)
-            if isinstance(bias := getattr(module, "bias", None), Tensor):
-                shapes[f"{path}.bias"] = tuple(bias.shape)
     return shapes
 
 
@@ -208,8 +197,8 @@ def _attach_one(
     path, _, name = change.target.rpartition(".")
     owner = model.get_submodule(path)
     layer = owner.base if isinstance(owner, LoraLinear) else owner
-    linear = isinstance(layer, nn.Linear | Quantised)
-    value = layer.dequantised() if isinstance(layer, Quantised) and name == "weight" else _original(layer, name)
+    linear = isinstance(layer, nn.Linear | QuantisedLinear)
+    value = layer.dequantised() if isinstance(layer, QuantisedLinear) and name == "weight" else _original(layer, name)
     start, rows = change.rows(value.shape[0])
     before = as_matrix(value.detach().float()).narrow(0, start, rows)
     if not linear:
@@ -225,21 +214,18 @@ def _attach_one(
             setattr(model.get_submodule(parent), child, owner)
         owner.add(branch, place)
     else:
-        known = dict(_parametrized(owner)).get(name)
-        if known is None:
+        if name not in _parametrized(owner):
             parametrize.register_parametrization(owner, name, ChangedParameter(), unsafe=True)
-            known = dict(_parametrized(owner))[name]
-        known[0].add(branch, place)  # type: ignore[operator]
+        _parametrized(owner)[name][0].add(branch, place)  # type: ignore[operator]
     return branch.norm(before), float(before.norm())
 
 
 def _original(module: nn.Module, name: str) -> Tensor:
-    known = dict(_parametrized(module)).get(name)
+    known = _parametrized(module).get(name)
     value = getattr(module, name) if known is None else known.original
     assert isinstance(value, Tensor)
     return value
 
 
-def _parametrized(module: nn.Module) -> Iterator[tuple[str, parametrize.ParametrizationList]]:
-    if parametrize.is_parametrized(module):
-        yield from module.parametrizations.items()  # type: ignore[operator, union-attr, misc]
+def _parametrized(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    return dict(module.parametrizations.items()) if parametrize.is_parametrized(module) else {}  # type: ignore
