@@ -38,7 +38,7 @@ def test_caches_of_two_processes_keep_each_other_s_rows(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(name.encode())
         keeper.sha256(tmp_path / name)
     assert cache.read_text().count("[") == 2
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "hashes.json"]
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "[]", '{"KEY": 3}', '{"KEY": [1, 2]}', '{"KEY": [3, "x", 5]}'])
@@ -51,6 +51,13 @@ def test_a_broken_cache_costs_time_not_truth(tmp_path: Path, text: str) -> None:
 def test_an_unwritable_cache_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert HashCache(tmp_path / "a" / "hashes.json").sha256(tmp_path / "a")
+
+
+def test_a_cache_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "hashes.json").mkdir()
+    assert HashCache(tmp_path / "hashes.json").sha256(tmp_path / "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "hashes.json"]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

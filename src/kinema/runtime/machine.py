@@ -13,8 +13,6 @@ import math
 import os
 import platform
 import re
-import secrets
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,8 +22,9 @@ from types import TracebackType
 import psutil
 import torch
 
-from kinema.errors import MachineError, RequestError
+from kinema.errors import MachineError, OutputError, RequestError
 from kinema.schema import Machine, calibration_key
+from kinema.weights.writing import whole_file
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): resets VmHWM to what is resident now
@@ -211,22 +210,6 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 # --- what a stage took ---------------------------------------------------------------------------
 
 
-def peak_rss() -> int:
-    """Return the most bytes of host memory this process ever had resident at once.
-
-    On Linux since the last `PeakMemory`, which resets the count.
-    """
-    peak = _high_water_mark()
-    if peak is not None:
-        return peak
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
 class PeakMemory:
     """Context manager: `bytes` is the peak of a stage, resident memory on a CPU, allocated memory on a GPU.
 
@@ -339,13 +322,10 @@ def record_calibration(path: Path, device: str, work: Mapping[str, float], secon
         if work[stage] > 0 and seconds[stage] > 0:
             key, rate = calibration_key(stage, work[stage]), work[stage] / seconds[stage]
             known[key] = (known.get(key, rate) + rate) / 2
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OutputError), whole_file(path) as temporary:
         try:
             whole = json.loads(path.read_text())
         except (OSError, ValueError):
             whole = {}
         whole = whole if isinstance(whole, dict) else {}
-        temporary = path.with_name(f".{secrets.token_hex(6)}.partial")
         temporary.write_text(json.dumps(whole | {device: known}, indent=1))
-        os.replace(temporary, path)

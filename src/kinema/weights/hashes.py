@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kinema.errors import CheckpointError
+from kinema.errors import CheckpointError, OutputError
+from kinema.weights.writing import whole_file
 
 
 class HashCache:
@@ -42,13 +41,9 @@ class HashCache:
     def _write(self) -> None:
         if self._path is None:
             return
-        with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OutputError), whole_file(self._path) as temporary:
             rows = _read(self._path) | self._rows  # another process may have added some
-            handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name, suffix=".part")
-            with os.fdopen(handle, "w", encoding="utf-8") as part:
-                json.dump(rows, part)
-            Path(name).replace(self._path)
+            temporary.write_text(json.dumps(rows), "utf-8")
 
 
 def hash_file(path: Path) -> str:
