@@ -108,6 +108,14 @@ def test_tensors_outlive_the_file_object_and_never_write_back(tmp_path: Path) ->
     assert path.read_bytes() == before
 
 
+def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(6.0)}, tmp_path / "a.safetensors")
+    file = open_tensors(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"a\.safetensors cannot be read: No such file"):
+        file.get("a")
+
+
 def test_get_is_a_view_of_one_map(tmp_path: Path) -> None:
     save_file({"a": torch.arange(6.0), "b": torch.arange(6.0)}, tmp_path / "a.safetensors")
     file = open_tensors(tmp_path / "a.safetensors")
@@ -178,8 +186,11 @@ def test_a_broken_index(tmp_path: Path, text: str) -> None:
 
 
 def test_folders_that_do_not_name_one_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no \.safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds no \.safetensors, .* or \.sft file"):
         open_tensors(tmp_path)
+    save_file({"a": torch.ones(1)}, tmp_path / "c.sft")
+    assert open_tensors(tmp_path).files == (tmp_path / "c.sft",)
+    (tmp_path / "c.sft").unlink()
     for name in ("a.safetensors", "b.safetensors"):
         save_file({"a": torch.ones(1)}, tmp_path / name)
     with pytest.raises(CheckpointError, match=r"holds 2 checkpoints: a\.safetensors, b\.safetensors"):

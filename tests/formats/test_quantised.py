@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -401,8 +401,10 @@ def test_an_original_shape_is_honoured(tmp_path: Path) -> None:
     )
 
 
-def good_gguf(path: Path) -> bytes:
+def good_gguf(path: Path, original: Sequence[int] = ()) -> bytes:
     writer = gguf.GGUFWriter(path, "wan")
+    if original:
+        writer.add_array("comfy.gguf.orig_shape.a.weight", original)
     writer.add_tensor("a.weight", gguf.quantize(np.ones((2, 32), np.float32), gguf.GGMLQuantizationType.Q8_0),
                       raw_dtype=gguf.GGMLQuantizationType.Q8_0)  # fmt: skip
     writer.write_header_to_file()
@@ -410,6 +412,16 @@ def good_gguf(path: Path) -> bytes:
     writer.write_tensors_to_file()
     writer.close()
     return path.read_bytes()
+
+
+@pytest.mark.parametrize(("original", "shape"), [([4, 16], (4, 16)), ([-2, -32], (2, 32)), ([0.5, 128.0], (2, 32))])
+def test_an_original_shape_is_whole_numbers_or_none(
+    tmp_path: Path, original: list[int], shape: tuple[int, ...]
+) -> None:
+    from kinema.weights.files import open_tensors
+
+    good_gguf(tmp_path / "a.gguf", original)
+    assert open_tensors(tmp_path / "a.gguf").shape("a.weight") == shape
 
 
 def test_damaged_gguf_files_are_errors(tmp_path: Path) -> None:

@@ -18,10 +18,8 @@ from kinema.catalog.transfer import record_of
 from kinema.errors import CheckpointError
 from kinema.schema import FileFacts
 from kinema.weights.detect import inspect
-from kinema.weights.files import open_tensors
+from kinema.weights.files import SUFFIXES, open_tensors
 from kinema.weights.hashes import hash_file
-
-SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".sft")
 
 Finding = Literal["right", "truncated", "altered", "another model", "unknown"]
 

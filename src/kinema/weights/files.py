@@ -20,13 +20,14 @@ from kinema.errors import CheckpointError
 from kinema.weights.gguf import MAGIC as GGUF_MAGIC
 from kinema.weights.gguf import read_gguf
 from kinema.weights.gguf_tokenizer import has_sentencepiece, sentencepiece_model
-from kinema.weights.mapped import MappedFile, StoredTensor, contiguous, truncated
+from kinema.weights.mapped import MappedFile, StoredTensor, contiguous, corrupt, truncated
 from kinema.weights.pickles import read_pth
 from kinema.weights.quantised.packed import Packed
 from kinema.weights.quantised.stored import StoredPacked
 
 Container = Literal["safetensors", "pth", "gguf"]
 
+SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".sft")
 MAX_HEADER_BYTES = 100_000_000
 
 DTYPES = {
@@ -152,7 +153,7 @@ def open_tensors(path: Path | str | Sequence[Path]) -> TensorFile:
 
 def checkpoints_in(folder: Path) -> tuple[Path, ...]:
     """Return what open_tensors could open in `folder` itself: single files, an index for shards, or the first shard."""
-    found = {file for file in folder.iterdir() if file.suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".gguf")}
+    found = {file for file in folder.iterdir() if file.suffix in SUFFIXES}
     indices = {file for file in folder.iterdir() if file.name.endswith(".safetensors.index.json")}
     for index in indices:
         stem = index.name.removesuffix(".safetensors.index.json")
@@ -169,7 +170,8 @@ def _open_folder(folder: Path) -> TensorFile:
     if len(found) == 1:
         return open_tensors(found[0])
     if not found:
-        raise CheckpointError(f"{folder} holds no .safetensors or .pth file", "Name the file itself.", path=folder)
+        kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise CheckpointError(f"{folder} holds no {kinds} file", "Name the file itself.", path=folder)
     names = ", ".join(file.name for file in found[:10])
     raise CheckpointError(f"{folder} holds {len(found)} checkpoints: {names}", "Name one of them.", path=folder)
 
@@ -283,20 +285,20 @@ def _read_safetensors(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[s
     header = _parse_header(file, file.read(8, length))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _corrupt(file, "its __metadata__ is not a table of texts")
+        raise corrupt(file, "its __metadata__ is not a table of texts")
     tensors: dict[str, StoredTensor] = {}
     end = 0
     rows = [(name, *_parse_row(file, name, row)) for name, row in header.items()]
     for name, dtype, shape, begin, stop in sorted(rows, key=lambda row: (row[3], row[4])):
         if begin != end:
             problem = "overlaps the tensor before it" if begin < end else f"leaves a gap of {begin - end} bytes"
-            raise _corrupt(file, f"{name!r} {problem}", key=name)
+            raise corrupt(file, f"{name!r} {problem}", key=name)
         tensors[name] = StoredTensor(file, dtype, shape, contiguous(shape), 8 + length + begin)
         end = stop
     if file.size < 8 + length + end:
         raise truncated(file, 8 + length + end - file.size)
     if file.size > 8 + length + end:
-        raise _corrupt(file, f"{file.size - 8 - length - end:,} bytes follow its last tensor")
+        raise corrupt(file, f"{file.size - 8 - length - end:,} bytes follow its last tensor")
     return {name: tensors[name] for name in header}, metadata
 
 
@@ -310,18 +312,18 @@ def _parse_header(file: MappedFile, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise _corrupt(file, f"its header is not JSON ({error})") from error
+        raise corrupt(file, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
-        raise _corrupt(file, "its header is not a table")
+        raise corrupt(file, "its header is not a table")
     return header
 
 
 def _parse_row(file: MappedFile, name: str, row: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     if not isinstance(row, dict) or row.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _corrupt(file, f"the row of {name!r} is not dtype, shape and data_offsets", key=name)
+        raise corrupt(file, f"the row of {name!r} is not dtype, shape and data_offsets", key=name)
     shape, offsets = row["shape"], row["data_offsets"]
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        raise _corrupt(file, f"the shape or offsets of {name!r} are not whole numbers", key=name)
+        raise corrupt(file, f"the shape or offsets of {name!r} are not whole numbers", key=name)
     if not isinstance(row["dtype"], str) or row["dtype"] not in DTYPES:
         known = ", ".join(DTYPES)
         raise CheckpointError(
@@ -331,7 +333,7 @@ def _parse_row(file: MappedFile, name: str, row: Any) -> tuple[torch.dtype, tupl
     size = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != size or size >= 2**62:
         got = offsets[1] - offsets[0]
-        raise _corrupt(file, f"{name!r} of shape {shape} needs {size} bytes, its offsets give {got}", key=name)
+        raise corrupt(file, f"{name!r} of shape {shape} needs {size} bytes, its offsets give {got}", key=name)
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 
@@ -339,7 +341,3 @@ def _counts(value: Any) -> bool:
     return (
         isinstance(value, list) and len(value) <= 64 and all(type(item) is int and 0 <= item < 2**62 for item in value)
     )
-
-
-def _corrupt(file: MappedFile, problem: str, key: str | None = None) -> CheckpointError:
-    return CheckpointError(f"{file.path} is corrupt: {problem}", "Download it again.", path=file.path, key=key)

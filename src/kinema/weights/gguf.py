@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kinema.weights.mapped import MappedFile, StoredTensor, contiguous, refuse, truncated
+from kinema.weights.mapped import MappedFile, StoredTensor, contiguous, corrupt, refuse, truncated
 from kinema.weights.quantised.blocks import BLOCK_TYPES
 from kinema.weights.quantised.stored import StoredPacked
 
@@ -68,7 +68,7 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         if count > MAX_HEADER_BYTES:
-            refuse(self.file, f"is corrupt: a piece of its header claims {count:,} bytes", "Download it again.")
+            raise corrupt(self.file, f"a piece of its header claims {count:,} bytes")
         if self.at + count > self.file.size:
             raise truncated(self.file, self.at + count - self.file.size, exact=False)
         self.at += count
@@ -104,7 +104,7 @@ class _Cursor:
                 return self.texts(count)
         elif kind in VALUES:
             return self.number(VALUES[kind])
-        refuse(self.file, f"is corrupt: its metadata holds a value of unknown type {kind}", "Download it again.")
+        raise corrupt(self.file, f"its metadata holds a value of unknown type {kind}")
 
 
 def read_gguf(file: MappedFile) -> tuple[dict[str, StoredTensor | StoredPacked], dict[str, Any]]:
@@ -126,12 +126,12 @@ def read_gguf(file: MappedFile) -> tuple[dict[str, StoredTensor | StoredPacked],
     rows = [_row(cursor) for _ in range(count)]
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
-        refuse(file, f"is corrupt: its alignment is {alignment!r}", "Download it again.")
+        raise corrupt(file, f"its alignment is {alignment!r}")
     start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, StoredTensor | StoredPacked] = {}
     for name, shape, number, offset in rows:
         if name in tensors:
-            refuse(file, f"is corrupt: {name!r} occurs twice", "Download it again.", key=name)
+            raise corrupt(file, f"{name!r} occurs twice", key=name)
         tensors[name] = _stored(file, name, _shape(metadata, name, shape), shape, number, start + offset)
     return tensors, metadata
 
@@ -139,15 +139,15 @@ def read_gguf(file: MappedFile) -> tuple[dict[str, StoredTensor | StoredPacked],
 def _row(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     name, axes = cursor.text(), cursor.number("I")
     if axes > 8:
-        refuse(cursor.file, f"is corrupt: {name!r} has {axes} axes", "Download it again.", key=name)
+        raise corrupt(cursor.file, f"{name!r} has {axes} axes", key=name)
     shape = tuple(reversed([cursor.number("Q") for _ in range(axes)]))  # GGUF counts axes from the fastest
     return name, shape, cursor.number("I"), cursor.number("Q")
 
 
 def _shape(metadata: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     original = metadata.get(ORIGINAL_SHAPE + name)
-    fits = isinstance(original, tuple) and math.prod(original) == math.prod(shape)
-    return tuple(map(int, original)) if fits and original else shape
+    counts = isinstance(original, tuple) and all(type(size) is int and size > 0 for size in original)
+    return original if counts and original and math.prod(original) == math.prod(shape) else shape
 
 
 def _stored(
@@ -162,9 +162,7 @@ def _stored(
     if kind:
         block = BLOCK_TYPES[kind]
         if not rows or rows[-1] % block.weights:
-            refuse(
-                file, f"is corrupt: rows of {name!r} are no multiple of {block.weights}", "Download it again.", key=name
-            )
+            raise corrupt(file, f"rows of {name!r} are no multiple of {block.weights}", key=name)
         size = size // block.weights * block.bytes
         data_shape = (*rows[:-1], rows[-1] // block.weights * block.bytes)
         data = StoredTensor(file, torch.uint8, data_shape, contiguous(data_shape), start)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,20 +29,24 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        with self._opened() as file:
+            self.size = os.fstat(file.fileno()).st_size
+
+    def _opened(self) -> BinaryIO:
         try:
-            self.size = path.stat().st_size
+            return self.path.open("rb")
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}", path=path) from error
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}", path=self.path) from error
 
     def read(self, start: int, count: int) -> bytes:
-        with self.path.open("rb") as file:
+        with self._opened() as file:
             file.seek(start)
             return file.read(count)
 
     @cached_property
     def buffer(self) -> mmap.mmap:
         """Copy-on-write map of the whole file: pages stay in the page cache until somebody writes to them."""
-        with self.path.open("rb") as file:
+        with self._opened() as file:
             size = os.fstat(file.fileno()).st_size
             if size != self.size:
                 raise CheckpointError(
@@ -112,6 +116,11 @@ def truncated(file: MappedFile, short: int, *, exact: bool = True) -> Checkpoint
         bytes=file.size,
         bytes_short=short,
     )
+
+
+def corrupt(file: MappedFile, problem: str, key: str | None = None) -> CheckpointError:
+    """Return the error for a file whose bytes contradict each other."""
+    return CheckpointError(f"{file.path} is corrupt: {problem}", "Download it again.", path=file.path, key=key)
 
 
 def refuse(file: MappedFile, problem: str, hint: str = "", **details: Any) -> NoReturn:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from kinema.errors import CheckpointError
-from kinema.weights.mapped import MappedFile, StoredTensor, refuse, span_of, truncated
+from kinema.weights.mapped import MappedFile, StoredTensor, corrupt, refuse, span_of, truncated
 
 MAX_PICKLE_BYTES = 100_000_000
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -108,7 +108,7 @@ def _run(file: MappedFile, data: bytes) -> Any:
         hint = "Only tables of tensors are read from .pth files. Take the .safetensors form of this model."
         raise CheckpointError(f"{file.path} is not read: {error}", hint, path=file.path) from error
     except CutShortError as error:
-        raise CheckpointError(f"{file.path} is corrupt: {error}", "Download it again.", path=file.path) from error
+        raise corrupt(file, str(error)) from error
 
 
 # --- the archive ---------------------------------------------------------------------------------
