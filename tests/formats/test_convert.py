@@ -288,6 +288,12 @@ def test_what_cannot_be_converted_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     large = write(tmp_path / "l.safetensors", DIT_STATE | {"blocks.0.ffn.0.bias": torch.full((512,), 1e6)})
     with pytest.raises(CheckpointError, match=r"blocks\.0\.ffn\.0\.bias does not fit into torch\.float16"):
         run(large, tmp_path / "b.safetensors", "float16")
+    for value, to in ((1e4, "fp8_e4m3"), (float("nan"), "Q8_0"), (float("inf"), "int8_channel")):
+        odd = DIT_STATE["blocks.0.ffn.0.weight"].clone()
+        odd[3, 5] = value
+        write(tmp_path / "l.safetensors", DIT_STATE | {"blocks.0.ffn.0.weight": odd})
+        with pytest.raises(CheckpointError, match=rf"blocks\.0\.ffn\.0\.weight does not fit into {FORMATS[to].kind}"):
+            run(large, tmp_path / f"b{converting.SUFFIXES[FORMATS[to].container]}", to)
     monkeypatch.setattr(converting.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(OutputError, match=r"needs .* GB, and 0\.0 GB are free"):
         run(source, tmp_path / "b.safetensors", "bfloat16")

@@ -84,15 +84,25 @@ def test_differences_keep_their_places(tmp_path: Path) -> None:
         assert same(changed(target), changed(source))
 
 
-@pytest.mark.parametrize(("scale", "dtype"), [(0.5, torch.bfloat16), (0.3, torch.float32)])
-def test_a_scale_goes_into_the_matrices_without_rounding(scale: float, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Halves are exact in bfloat16; other scales are kept exact by writing float32."""
+@pytest.mark.parametrize(
+    ("scale", "dtype", "written"),
+    [
+        (0.5, torch.bfloat16, torch.bfloat16),
+        (0.3, torch.bfloat16, torch.float32),
+        (2**-12, torch.float16, torch.float32),
+        (1.0, torch.float16, torch.float16),
+    ],
+)
+def test_a_scale_goes_into_the_matrices_without_rounding(
+    scale: float, dtype: torch.dtype, written: torch.dtype, tmp_path: Path
+) -> None:
+    """Halves are exact in bfloat16; in float16 they leave its range, and other scales are rounded: so float32."""
     source = write_lora(tmp_path / "a.safetensors", "kohya", low_rank_lora(SHAPES, scale=scale))
-    halved = {n: t.bfloat16() if n.endswith("weight") else t for n, t in load_file(source).items()}
+    halved = {n: t.to(dtype) if n.endswith("weight") else t for n, t in load_file(source).items()}
     save_file(halved, source)
     list(convert_lora(source, tmp_path / "b.safetensors", "peft"))
     made = load_file(tmp_path / "b.safetensors")
-    assert {t.dtype for n, t in made.items() if "lora_B" in n} == {dtype}
+    assert {t.dtype for n, t in made.items() if "lora_B" in n} == {written}
     assert same(changed(tmp_path / "b.safetensors"), changed(source))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kinema.errors import CheckpointError
 from kinema.weights.keys import Translation
 from kinema.weights.quantised.blocks import BLOCK_TYPES
-from kinema.weights.quantised.packed import NUMBER_TYPES, Packed, quantise
+from kinema.weights.quantised.packed import LARGEST, NUMBER_TYPES, Packed, quantise
 from kinema.weights.spelling import Spelt
 from kinema.weights.writing import Written
 
@@ -80,17 +80,31 @@ class Passage:
         self._row_scales: list[Tensor] = []
 
     def encoded(self, start: int, stop: int) -> Tensor | Packed:
-        """Return rows as they are stored."""
+        """Return rows as they are stored. Raises CheckpointError for numbers that have no place there."""
         if self.scales == STORED:
             packed = self.rows.translation.packed(self.official)
             assert packed is not None
             return packed.rows(slice(start, stop))
         rows = self.rows.get(self.official, start, stop)
         if isinstance(self.kind, torch.dtype):
-            return rows.to(self.kind)
+            stored = rows.to(self.kind)
+            self._check_fit(stored.isfinite())
+            return stored
+        unscaled = self.scales == "none" and self.kind in LARGEST
+        self._check_fit(rows.abs() <= (LARGEST[self.kind] if unscaled else torch.finfo(rows.dtype).max))
         if self.scales == "tensor" and self._scale is None:
             self._scale = self._whole_scale()
         return quantise(rows, self.kind, self.scales, self._scale)
+
+    def _check_fit(self, fits: Tensor) -> None:
+        if not bool(fits.all()):
+            path = self.rows.translation.file.path
+            raise CheckpointError(
+                f"{path}: {self.official} does not fit into {self.kind}, or is not finite",
+                "Take --to bfloat16, whose range is that of float32.",
+                path=path,
+                key=self.official,
+            )
 
     def meant(self, start: int, stop: int) -> Tensor:
         """Return the numbers, float32, that rows have once they are stored."""
@@ -140,14 +154,6 @@ class Passage:
                     if encoded.scale is not None:
                         self._row_scales.append(encoded.scale)
                     encoded = encoded.data
-                elif encoded.is_floating_point() and not bool(encoded.isfinite().all()):
-                    path = self.rows.translation.file.path
-                    raise CheckpointError(
-                        f"{path}: {self.official} does not fit into {self.kind}, or is not finite",
-                        "Take --to bfloat16, whose range is that of float32.",
-                        path=path,
-                        key=self.official,
-                    )
                 yield encoded
 
     def _scales(self) -> Iterator[Tensor]:

@@ -141,8 +141,9 @@ def _scaled(
 ) -> Written:
     """These rows of a tensor times a factor, in the order the dialect has them."""
     stored = change.tensors[role]
-    # Halves and doubles are exact in any float; another scale would round the tensor once more.
-    dtype = lora.file.dtype(stored) if _is_exact(factor) else torch.float32
+    # Halves and doubles are exact where the range is float32's; anything else would round the tensor once more.
+    kept = factor == 1 or (lora.file.dtype(stored) == torch.bfloat16 and _is_exact(factor))
+    dtype = lora.file.dtype(stored) if kept else torch.float32
     shape = lora.file.shape(stored) if rows is None else (rows[1], *lora.file.shape(stored)[1:])
 
     def chunks() -> Iterator[Tensor]:
