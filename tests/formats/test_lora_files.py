@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints import TINY, official_state, tiny, write
-from kinema.errors import OutputError, RequestError
+from kinema.errors import CheckpointError, OutputError, RequestError
 from kinema.lora import LoraRef
 from kinema.schema import Request
 from kinema.weights.lora import convert as convert_module
@@ -287,6 +287,13 @@ def test_extract_refuses_what_makes_no_lora(tmp_path: Path) -> None:
                                 (twin, "no dialect", {"to": "sd"})):  # fmt: skip
         with pytest.raises(RequestError, match=word):
             run(extract(base, tuned, out, **fields))
+    broken = STATE["blocks.1.ffn.2.weight"].clone()
+    broken[0, 0] = float("nan")
+    tuned = write(
+        tmp_path / "nan.safetensors", {name: t + 0.1 for name, t in STATE.items()} | {"blocks.1.ffn.2.weight": broken}
+    )
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.2\.weight .* not finite"):
+        run(extract(base, tuned, out))
     assert not out.exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kinema.errors import OutputError, RequestError
+from kinema.errors import CheckpointError, OutputError, RequestError
 from kinema.schema import Component, Progress
 from kinema.weights.keys import exchanged
 from kinema.weights.lora.convert import DIFF_ENDINGS, check_target, dialect_of
@@ -45,7 +46,7 @@ def extract(
 
     Matrices become two of low rank, by singular values; biases, norms, modulation and convolutions whole differences.
     Peak memory is that of a few copies of the largest matrix. Raises RequestError for models that differ in structure
-    or not at all, OutputError where it cannot be written.
+    or not at all, CheckpointError for numbers that are not finite, OutputError where it cannot be written.
     """
     dialect = dialect_of(to)
     check_target(target, overwrite)
@@ -69,8 +70,11 @@ def extract(
 
     names: list[str] = []
     for number, name in enumerate(first.shapes, 1):
-        difference = change(name)
-        if float(difference.norm()) > SAME * float(first.get(name).norm()):
+        difference = float(change(name).norm())
+        if not math.isfinite(difference):
+            raise CheckpointError(f"{name} of {tuned.name} or {base.name} holds values that are not finite",
+                                  "The file is broken; take another.", path=tuned, key=name)  # fmt: skip
+        if difference > SAME * float(first.get(name).norm()):
             names.append(name)
         yield Progress(stage="compare", done=number, total=len(first.shapes))
     if not names:
