@@ -260,7 +260,7 @@ def _open_one(path: Path) -> TensorFile:
         raise truncated(file, max(1, 8 - file.size), exact=False)
     raise CheckpointError(
         f"{path} is no checkpoint: its first bytes are those of no known format",
-        "Name a .safetensors, .gguf or .pth file of a Wan model.",
+        "Name a .safetensors, .gguf or .pth file of a Wan or FLUX.1 model.",
         path=path,
     )
 

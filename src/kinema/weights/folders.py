@@ -13,7 +13,7 @@ from typing import Any
 
 from kinema.errors import CatalogError, CheckpointError
 from kinema.weights.files import checkpoints_in
-from kinema.weights.keys import component_of
+from kinema.weights.keys import components_of
 from kinema.weights.quantised.schemes import open_weights
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
@@ -50,11 +50,9 @@ def resolve_folder(folder: Path, given: Collection[str] = ()) -> dict[str, Path]
         roles = _comfyui(folder, given)
     else:
         roles = _official(folder, given)
-    if "clip_text" in roles:  # FLUX has two tokenizers, found for each encoder apart
-        return {role: path for role, path in roles.items() if role not in given}
-    tokenizer = find_tokenizer(roles.get("text_encoder", folder)) or find_tokenizer(folder)
-    if tokenizer:
-        roles["tokenizer"] = tokenizer
+    if "clip_text" not in roles:  # FLUX has two tokenizers, found for each encoder apart
+        tokenizer = find_tokenizer(roles.get("text_encoder", folder)) or find_tokenizer(folder)
+        roles |= {"tokenizer": tokenizer} if tokenizer else {}
     return {role: path for role, path in roles.items() if role not in given}
 
 
@@ -102,15 +100,14 @@ def _diffusers(folder: Path, index: dict[str, Any], given: Collection[str]) -> d
 
 def _official(folder: Path, given: Collection[str]) -> dict[str, Path]:
     """Expert folders are certain; everything else at the top is told by its header."""
-    roles = {role: folder / name for role, name in EXPERT_FOLDERS.items() if (folder / name).is_dir()}
-    audio = {"audio_encoder": folder / AUDIO_ENCODER_FOLDER}
-    audio = {role: path for role, path in audio.items() if path.is_dir() and role not in given}
-    needed = {"vae", "text_encoder", *(() if roles else ("dit",))} - set(given)
+    experts = {role: folder / name for role, name in EXPERT_FOLDERS.items() if (folder / name).is_dir()}
+    needed = {"vae", "text_encoder", *(() if experts else ("dit",))} - set(given)
     candidates = _by_component(checkpoints_in(folder), needed)
     candidates = {role: paths for role, paths in candidates.items() if role not in given}
-    if roles and "dit" in candidates:
-        raise _ambiguous(folder, "dit", [*candidates["dit"], *roles.values()])
-    return roles | _single(folder, candidates) | audio
+    if experts and "dit" in candidates:
+        raise _ambiguous(folder, "dit", [*candidates["dit"], *experts.values()])
+    audio = folder / AUDIO_ENCODER_FOLDER
+    return experts | _single(folder, candidates) | ({"audio_encoder": audio} if audio.is_dir() else {})
 
 
 def _comfyui(folder: Path, given: Collection[str]) -> dict[str, Path]:
@@ -128,7 +125,7 @@ def _by_component(paths: Sequence[Path], needed: AbstractSet[str]) -> dict[str, 
     broken: list[CheckpointError] = []
     for path in paths:
         try:
-            component = component_of(open_weights(path))
+            component = next(iter(components_of(open_weights(path))), None)
         except CheckpointError as error:
             broken.append(error)
             continue

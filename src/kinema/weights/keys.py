@@ -319,9 +319,10 @@ def translate(file: TensorFile, component: Component | None = None) -> Translati
 
     Raises CheckpointError for other models.
     """
-    dialect = _recognise(file, component) or _recognise(file)
-    if dialect is None:
+    rows = _recognised(file)
+    if not rows:
         refuse_foreign(file)
+    dialect = next((row for row in rows if row.component == component), rows[0])
     sources: dict[str, Source] = {}
     ignored: dict[str, list[str]] = {}
     leftover: list[str] = []
@@ -347,21 +348,13 @@ def translate(file: TensorFile, component: Component | None = None) -> Translati
     return Translation(file, dialect, sources, tidy, tuple(leftover))
 
 
-def component_of(file: TensorFile) -> Component | None:
-    """Return which component the names of a file prove, None for others. Never raises."""
-    dialect = _recognise(file)
-    return dialect.component if dialect else None
-
-
 def components_of(file: TensorFile) -> tuple[Component, ...]:
-    """Return all components a file holds: several of an all-in-one file. Never raises."""
-    found = (row.component for row in DIALECTS if all(row.prefix + mark in file for mark in row.marks))
-    return tuple(dict.fromkeys(found))
+    """Return all components a file holds: several of an all-in-one file, none of an unknown one. Never raises."""
+    return tuple(dict.fromkeys(row.component for row in _recognised(file)))
 
 
-def _recognise(file: TensorFile, component: Component | None = None) -> Dialect | None:
-    rows = (row for row in DIALECTS if component in (None, row.component))
-    return next((row for row in rows if all(row.prefix + mark in file for mark in row.marks)), None)
+def _recognised(file: TensorFile) -> list[Dialect]:
+    return [row for row in DIALECTS if all(row.prefix + mark in file for mark in row.marks)]
 
 
 def rule_of(dialect: Dialect, name: str) -> Rule | None:

@@ -76,23 +76,19 @@ UNREAD = (
 def open_weights(path: Path | str | Sequence[Path]) -> TensorFile:
     """Open a checkpoint as `open_tensors` does, its quantised weights as packed ones under their plain names.
 
-    Raises CheckpointError also for a quantisation that is not known.
+    What only described them is left out. Raises CheckpointError also for a quantisation that is not known.
     """
-    return with_packed(open_tensors(path))
-
-
-def with_packed(file: TensorFile) -> TensorFile:
-    """Return the file with every quantised weight as one packed tensor, and without what only described them."""
+    file = open_tensors(path)
     stored = file.stored()
     formats = _formats(file)
     scales = _scales(file, stored)
     markers = [name for name in stored if MARKER.fullmatch(name)]
     opted_out = tuple(name.removesuffix("scaled_fp8") for name in markers if _opts_out(stored[name]))
-    taken = {name for name in stored if ACTIVATIONS.fullmatch(name) or name in markers}
+    taken = {name for name in stored if ACTIVATIONS.fullmatch(name)}.union(markers, scales.values())
     taken |= {name for name in stored if name.endswith(".comfy_quant") and name.removesuffix("comfy_quant") in formats}
     tensors: dict[str, Any] = {}
     for name, tensor in stored.items():
-        if name in taken or name in scales.values():
+        if name in taken:
             continue
         kind = KINDS.get(tensor.dtype)
         weight = name.removesuffix(DATA)
