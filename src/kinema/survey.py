@@ -33,8 +33,16 @@ from kinema.planning.speech import check_speech
 from kinema.provision import judge, lacking, provide
 from kinema.runtime.machine import probe_machine
 from kinema.schema import CatalogEntry, Component, Facts, FileFacts, Machine, MediaFacts, Note, Request, Settings
-from kinema.weights.detect import components_in, find_tokenizer, inspect, resolve_folder
-from kinema.weights.folders import CLIP_FILES, CLIP_FOLDERS, T5_FOLDERS, TOKENIZER_FILES, TOKENIZER_FOLDERS
+from kinema.weights.detect import components_in, inspect
+from kinema.weights.folders import (
+    CLIP_FILES,
+    CLIP_FOLDERS,
+    T5_FOLDERS,
+    TOKENIZER_FILES,
+    TOKENIZER_FOLDERS,
+    find_tokenizer,
+    resolve_folder,
+)
 from kinema.weights.load import load_tokenizer
 from kinema.weights.lora.attach import parameter_shapes
 from kinema.weights.lora.file import read_lora

@@ -11,7 +11,8 @@ import torch
 from checkpoints import TINY, manifest, official_state, write, write_sparse
 from kinema.errors import CheckpointError
 from kinema.schema import ModelRef
-from kinema.weights.detect import inspect, resolve_folder
+from kinema.weights.detect import inspect
+from kinema.weights.folders import resolve_folder
 from kinema.weights.load import load
 
 S2V = "wan2.2_s2v_14B"

@@ -10,7 +10,8 @@ import pytest
 from checkpoints import TINY_VAE22, official_state, write
 from kinema.errors import CatalogError, CheckpointError
 from kinema.schema import Component
-from kinema.weights.detect import find_tokenizer, inspect, name_suggests, resolve_folder
+from kinema.weights.detect import inspect, name_suggests
+from kinema.weights.folders import find_tokenizer, resolve_folder
 
 WAN = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "A"]}
 TWO = {**WAN, "transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}

@@ -165,7 +165,7 @@ def _repository_folders(
         said = [file.precision for file in store.serving(entry.name) if file.repository == repository]
         precision = said[0] if said else "16-bit"
         for folder in filter(Path.is_dir, folders.in_repository(repository)):
-            from kinema.weights.detect import resolve_folder
+            from kinema.weights.folders import resolve_folder
 
             try:
                 paths = resolve_folder(folder)

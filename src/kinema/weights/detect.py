@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its header alone; and which files of a folder play which role.
+"""What a checkpoint is, from its header alone.
 
 Structure comes from names and shapes. Role (which expert) is in no file: names only suggest it.
 """
@@ -16,14 +16,11 @@ from torch import nn
 
 from kinema.models.layers import tensors_of
 from kinema.schema import Component, FileFacts
-from kinema.weights.folders import find_tokenizer, resolve_folder
 from kinema.weights.keys import Translation, components_of, translate
 from kinema.weights.quantised.layers import packable
 from kinema.weights.quantised.schemes import describe, open_weights
 from kinema.weights.quantised.stored import StoredPacked
 from kinema.weights.structure import DESCRIBE, FLOAT32_KEYS, MODELS, Shapes, build_for
-
-__all__ = ["components_in", "find_tokenizer", "inspect", "resolve_folder"]
 
 
 def inspect(path: Path | str | Sequence[Path], component: Component | None = None) -> FileFacts:
