@@ -106,7 +106,6 @@ class LoraRef(Frozen):
 
         A pattern is a glob over the name or over its start: `blocks.0` means all of that block.
         """
-
         wanted = not self.only or any(_fits(pattern, parameter) for pattern in self.only)
         return wanted and not any(_fits(pattern, parameter) for pattern in self.skip)
 

@@ -33,19 +33,18 @@ def inspect(path: Path | str | Sequence[Path], component: Component | None = Non
     """
     file = open_weights(path)
     translation = translate(file, component)
-    shapes = Shapes(translation)
-    model = MODELS[translation.dialect.component]
-    config = model.config(shapes)
+    component, shapes = translation.dialect.component, Shapes(translation)
+    config = MODELS[component].config(shapes)
     module = build_for(shapes, config)
     packed = _packed(translation, module)
-    matrices = [leaf for _, leaf in packable(translation.dialect.component, module) if isinstance(leaf, nn.Linear)]
-    blocks, float32_parameters = _sizes(module, translation.dialect.component)
+    matrices = [leaf for _, leaf in packable(component, module) if isinstance(leaf, nn.Linear)]
+    blocks, float32_parameters = _sizes(module, component)
     return FileFacts(
         path=file.path,
         files=file.files,
         bytes=file.bytes,
         container=file.container,
-        component=translation.dialect.component,
+        component=component,
         dialect=translation.dialect.name,
         dtype=_main_dtype(translation),
         tensors=len(shapes.table),
@@ -56,10 +55,10 @@ def inspect(path: Path | str | Sequence[Path], component: Component | None = Non
         packed_bytes=sum(tensor.bytes for tensor in packed),
         matrix_parameters=sum(leaf.weight.numel() for leaf in matrices),
         matrix_width=math.gcd(*(leaf.in_features for leaf in matrices)),
-        structure=DESCRIBE[translation.dialect.component](config),
+        structure=DESCRIBE[component](config),
         ignored=tuple(_counted(pattern, names) for pattern, names in translation.ignored.items()),
         has_tokenizer="spiece_model" in file or file.tokenizer is not None,
-        name_suggests=name_suggests(file.path) if translation.dialect.component == "dit" else None,
+        name_suggests=name_suggests(file.path) if component == "dit" else None,
         blocks=blocks,
         float32_parameters=float32_parameters,
     )

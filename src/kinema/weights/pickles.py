@@ -334,10 +334,6 @@ CALLS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
 }
 
 
-def _literal(reader: PickleReader, value: Any) -> None:
-    reader.push(value)
-
-
 def _memoize(reader: PickleReader, index: Any) -> None:
     if not reader.stack:
         raise MalformedError("its pickle remembers nothing")
@@ -364,8 +360,8 @@ OPCODES: dict[str, Callable[[PickleReader, Any], None]] = {
     "NONE": lambda reader, _: reader.push(None),
     "NEWTRUE": lambda reader, _: reader.push(True),
     "NEWFALSE": lambda reader, _: reader.push(False),
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _literal),
-    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _literal),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), PickleReader.push),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), PickleReader.push),
     **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), _memoize),
     **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda reader, index: reader.push(reader.memo[index])),
     "EMPTY_DICT": lambda reader, _: reader.push({}),

@@ -33,9 +33,15 @@ def tucker(core: Tensor, outward: Tensor, inward: Tensor) -> Tensor:
 
 
 class Branch(nn.Module):
-    """One change of one weight matrix. Subclasses have `delta`, and override what can be had without it."""
+    """One change of one weight matrix, of tensors held as buffers. Subclasses have `delta`, and override what can be
+    had without it.
+    """
 
-    scale: float
+    def __init__(self, scale: float = 1.0, **tensors: Tensor) -> None:
+        super().__init__()
+        self.scale = scale
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
     def delta(self) -> Tensor:
         """Return the matrix added to the weight, float32 [out, in]."""
@@ -43,8 +49,7 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor, linear: LinearMap) -> Tensor:
         """Return what is added to the layer's answer, in the branch's own dtype."""
-        delta = self.delta()
-        return F.linear(x.to(self.dtype), delta.to(self.dtype))
+        return F.linear(x.to(self.dtype), self.delta().to(self.dtype))
 
     def change(self, weight: Tensor) -> Tensor:
         """Return how the matrix `weight`, float32 [out, in], changes at strength 1."""
@@ -58,10 +63,6 @@ class Branch(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.buffers()).dtype
 
-    def _hold(self, **tensors: Tensor) -> None:
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
 
 class LowRank(Branch):
     """scale * up @ down.
@@ -72,10 +73,8 @@ class LowRank(Branch):
     down: Tensor
     up: Tensor
 
-    def __init__(self, down: Tensor, up: Tensor, scale: float = 1.0) -> None:
-        super().__init__()
-        self.scale = scale
-        self._hold(down=down, up=up)
+    def __init__(self, down: Tensor, up: Tensor, scale: float) -> None:
+        super().__init__(scale, down=down, up=up)
 
     def delta(self) -> Tensor:
         return self.scale * (self.up.float() @ self.down.float())
@@ -102,10 +101,8 @@ class Hadamard(Branch):
     w2_a: Tensor
     w2_b: Tensor
 
-    def __init__(self, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, scale: float = 1.0) -> None:
-        super().__init__()
-        self.scale = scale
-        self._hold(w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=w2_b)
+    def __init__(self, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, scale: float) -> None:
+        super().__init__(scale, w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=w2_b)
 
     def delta(self) -> Tensor:
         return self._rows(slice(None))
@@ -130,10 +127,8 @@ class Kronecker(Branch):
     w1: Tensor
     w2: Tensor
 
-    def __init__(self, w1: Tensor, w2: Tensor, scale: float = 1.0) -> None:
-        super().__init__()
-        self.scale = scale
-        self._hold(w1=w1, w2=w2)
+    def __init__(self, w1: Tensor, w2: Tensor, scale: float) -> None:
+        super().__init__(scale, w1=w1, w2=w2)
 
     def delta(self) -> Tensor:
         return self.scale * torch.kron(self.w1.float().contiguous(), self.w2.float().contiguous())
@@ -153,10 +148,8 @@ class Difference(Branch):
 
     full: Tensor
 
-    def __init__(self, full: Tensor, scale: float = 1.0) -> None:
-        super().__init__()
-        self.scale = scale
-        self._hold(full=full)
+    def __init__(self, full: Tensor, scale: float) -> None:
+        super().__init__(scale, full=full)
 
     def delta(self) -> Tensor:
         return self.scale * self.full.float()
@@ -178,14 +171,12 @@ class Rotated(Branch):
     rescale: Tensor
 
     def __init__(self, blocks: Tensor, limit: float = 0.0, rescale: Tensor | None = None) -> None:
-        super().__init__()
-        self.scale = 1.0
         skew, eye = blocks.float() - blocks.float().mT, torch.eye(blocks.shape[-1], device=blocks.device)
         if 0 < limit < (norm := float(skew.norm()) + 1e-8):
             skew = skew * (limit / norm)
         ones = torch.ones(blocks.shape[0] * blocks.shape[1], 1, device=blocks.device)
-        # (1 + skew) / (1 - skew), whose factors commute.
-        self._hold(rotation=torch.linalg.solve(eye - skew, eye + skew), rescale=ones if rescale is None else rescale)
+        rotation = torch.linalg.solve(eye - skew, eye + skew)  # (1 + skew) / (1 - skew), whose factors commute
+        super().__init__(rotation=rotation, rescale=ones if rescale is None else rescale)
 
     def change(self, weight: Tensor) -> Tensor:
         return self._turned(weight.T).T - weight
@@ -214,12 +205,11 @@ class Decomposed(Branch):
     gain: Tensor
 
     def __init__(self, inner: Branch, magnitude: Tensor, weight: Tensor) -> None:
-        super().__init__()
-        self.inner = inner
-        self.scale = 1.0
-        self.by_row = magnitude.shape[1] == 1
-        length = (weight + inner.delta()).norm(dim=1 if self.by_row else 0, keepdim=True)
-        self._hold(gain=(magnitude.float() / length.clamp(min=torch.finfo(torch.float32).tiny)).to(weight.device))
+        by_row = magnitude.shape[1] == 1
+        length = (weight + inner.delta()).norm(dim=1 if by_row else 0, keepdim=True)
+        gain = magnitude.float() / length.clamp(min=torch.finfo(torch.float32).tiny)
+        super().__init__(gain=gain.to(weight.device))
+        self.inner, self.by_row = inner, by_row
 
     @property
     def dtype(self) -> torch.dtype:

@@ -98,9 +98,8 @@ def _spelled(lora: LoraFile, group: Sequence[Change], dialect: Dialect) -> Itera
         raise _cannot(lora, dialect, what)
     if joined and any("magnitude" in part.tensors for part in group):
         raise _cannot(lora, dialect, f"a DoRA of parts of {change.target}")
-    parts: Mapping[int, tuple[int, int] | None] = {0: None}
-    if dialect.words == "diffusers":
-        parts = _own_parts(change) if change.fused else spelled_parts(change.target, lora.family, change.shape)
+    split = change.fused and not joined
+    parts = _own_parts(change) if split else spelled_parts(change.target, dialect, lora.family, change.shape)
     if not parts:
         raise _cannot(lora, dialect, what)
     for part, rows in parts.items():
@@ -123,7 +122,7 @@ def _spelled(lora: LoraFile, group: Sequence[Change], dialect: Dialect) -> Itera
         yield from _magnitude(lora, change, dialect, module)
 
 
-def _own_parts(change: Change) -> Mapping[int, tuple[int, int] | None]:
+def _own_parts(change: Change) -> dict[int, tuple[int, int] | None]:
     """The parts of a fused matrix that one change covers: its own, or three of XLabs' single blocks."""
     if len(change.shape) < 2 or change.part == MLP_PART or change.shape[0] <= change.shape[1]:
         return {change.part: None}

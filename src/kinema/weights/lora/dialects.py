@@ -269,11 +269,15 @@ def module_in(parameter: str, dialect: Dialect, family: Family, part: int = 0) -
     return dialect.prefix + (module.replace(".", "_") if dialect.joined else module)
 
 
-def spelled_parts(parameter: str, family: Family, shape: tuple[int, ...]) -> dict[int, tuple[int, int] | None]:
-    """Return the parts diffusers has an official parameter in, each with its (first row, rows); None is all of it.
+def spelled_parts(
+    parameter: str, dialect: Dialect, family: Family, shape: tuple[int, ...]
+) -> dict[int, tuple[int, int] | None]:
+    """Return the parts a dialect has an official parameter in, each with its (first row, rows); None is all of it.
 
     shape   of the whole change, [rows, columns].
     """
+    if dialect.words == "official":
+        return {0: None}
     parts = list(_spelled(parameter, family))
     if len(parts) < 2:
         return dict.fromkeys(parts)

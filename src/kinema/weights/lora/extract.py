@@ -96,9 +96,7 @@ def _written(
     name: str, shape: tuple[int, ...], change: Callable[[], Tensor], dialect: Dialect, family: Family, rank: int,
     dtype: torch.dtype,
 ) -> Iterator[Written]:  # fmt: skip
-    parts: dict[int, tuple[int, int] | None] = {0: None}
-    if dialect.words == "diffusers":
-        parts = spelled_parts(name, family, shape)
+    parts = spelled_parts(name, dialect, family, shape)
     matrix = len(shape) == 2 and name.endswith(".weight")
     if not parts or not (matrix or dialect.more):
         what = "" if matrix else ", which is no matrix"
