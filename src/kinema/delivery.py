@@ -19,6 +19,7 @@ from kinema.media.files import write_whole
 from kinema.media.preview import preview_rgb
 from kinema.media.video import write
 from kinema.planning import output_folder, plan_output, sidecars
+from kinema.planning.outputs import PLAN_KEY
 from kinema.progress import Meter, Run
 from kinema.schema import Event, Facts, OutputKind, Plan, Preview, Request
 from kinema.survey import existing_names
@@ -28,7 +29,7 @@ from kinema.tensors import Media
 def write_frames(run: Run, frames: Iterable[Tensor | Event], paths: Mapping[OutputKind, Path]) -> Iterator[Event]:
     """Write frames_THWC as they come, every file in a thread of its own; pass on the events among them."""
     plan = run.plan
-    metadata = {} if plan.output.strip else {ops.PLAN_KEY: plan.model_dump_json(exclude_none=True)}
+    metadata = {} if plan.output.strip else {PLAN_KEY: plan.model_dump_json(exclude_none=True)}
 
     def write_one(path: Path, kind: OutputKind, chunks: Iterator[Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from kinema.errors import CheckpointError
 from kinema.media.files import write_whole
+from kinema.planning.outputs import parse_plan
 from kinema.sampling.solvers import Step
 from kinema.schema import Plan
 from kinema.weights.files import open_tensors
@@ -61,7 +62,7 @@ class KeptSteps:
                 path=str(path),
             )
         state = json.loads(file.metadata[KEY])
-        plan = Plan.model_validate(state["plan"])
+        plan = parse_plan(json.dumps(state["plan"]), path)
         refuse_changed(plan, state["files"])
         memory = tuple(file.get(f"memory.{place}").clone() for place in range(len(file)))
         return cls(plan, int(state["index"]), path, Step(int(state["step"]), memory[0], memory[0], memory))

@@ -22,6 +22,7 @@ from kinema.models.flux import FluxDiT
 from kinema.models.flux_vae import FluxVAE
 from kinema.models.wan import WanDiT
 from kinema.models.wan_vae import WanVAE
+from kinema.planning.outputs import PLAN_KEY, parse_plan
 from kinema.sampling.denoiser import Branch
 from kinema.schema import Expert, Plan, PlanStep
 from kinema.tensors import Conditions, on_device
@@ -32,8 +33,6 @@ DiT = WanDiT | FluxDiT
 """The models that give a velocity. Each has its own context, made by its `prepare`."""
 
 VAE = WanVAE | FluxVAE
-PLAN_KEY = "kinema"
-"""Metadata key under which an output file carries its plan."""
 
 
 # --- sample --------------------------------------------------------------------------------------
@@ -158,14 +157,13 @@ def latents_bytes(latents_CFhw: Tensor, plan: Plan, more: Mapping[str, str] = Ma
 def read_latents(path: Path) -> tuple[Tensor, Plan]:
     """Return (latents_CFhw, plan) of a file that `latents_bytes` made; CheckpointError for any other."""
     file = open_tensors(path)
-    metadata = dict(file.metadata)
-    if PLAN_KEY not in metadata or "latents" not in file.names:
+    if PLAN_KEY not in file.metadata or "latents" not in file:
         raise CheckpointError(
             f"{path} holds no latents of Kinema: it needs the tensor `latents` and the metadata `{PLAN_KEY}`",
             "pass a file that `kinema generate --output latents` wrote",
             path=str(path),
         )
-    return file.get("latents").float(), Plan.model_validate(json.loads(metadata[PLAN_KEY]))
+    return file.get("latents").float(), parse_plan(file.metadata[PLAN_KEY], path)
 
 
 # --- preview -------------------------------------------------------------------------------------
@@ -173,7 +171,7 @@ def read_latents(path: Path) -> tuple[Tensor, Plan]:
 
 def preview_factors(plan: Plan) -> Tensor | None:
     """Return the linear latent-to-RGB factors a VAE's file brings along, None to take the official ones."""
-    factors = dict(open_tensors(plan.vae.files).metadata).get("preview_rgb")
+    factors = open_tensors(plan.vae.files).metadata.get("preview_rgb")
     return None if factors is None else torch.tensor(json.loads(factors))
 
 

@@ -284,6 +284,9 @@ def test_latents_file_of_another_program_is_refused(engine: Engine, tmp_path: Pa
     save_file({"latents": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(CheckpointError, match="holds no latents of Kinema"):
         list(engine.decode(tmp_path / "foreign.safetensors"))
+    save_file({"latents": torch.zeros(1)}, tmp_path / "newer.safetensors", metadata={"kinema": '{"from": "2030"}'})
+    with pytest.raises(CheckpointError, match=r"newer\.safetensors holds a plan that this version cannot read"):
+        list(engine.decode(tmp_path / "newer.safetensors"))
 
 
 def test_public_functions(tiny_world: TinyWorld, tmp_path: Path) -> None:

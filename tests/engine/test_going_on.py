@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import re
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kinema.engine import Engine
 from kinema.errors import CheckpointError
@@ -90,6 +91,10 @@ def test_steps_of_changed_files_and_foreign_files_are_refused(tiny_world: TinyWo
         list(engine.resume(steps))
     with pytest.raises(CheckpointError, match="no saved steps"):
         list(engine.resume(copy))
+    newer = {"plan": {"from": "2030"}, "files": {}, "index": 0, "step": 0}
+    save_file({"memory.0": torch.zeros(1)}, steps, metadata={"kinema_steps": json.dumps(newer)})
+    with pytest.raises(CheckpointError, match="holds a plan that this version cannot read"):
+        list(engine.resume(steps))
 
 
 def test_a_run_of_seconds_leaves_no_steps(engine: Engine, tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from kinema.cli.plans import plan_text
 from kinema.cli.tell import gigabytes
 from kinema.errors import CheckpointError, RequestError
+from kinema.planning.outputs import PLAN_KEY, parse_plan
 from kinema.schema import FileFacts, Plan
 
 if TYPE_CHECKING:
     from kinema.weights.convert import Converted
 
 OUTPUT_SUFFIXES = (".mp4", ".webm", ".gif", ".webp", ".png")
-PLAN_KEY = "kinema"
 
 
 def inspect_file(path: Path) -> tuple[str, dict[str, Any]]:
@@ -61,16 +61,7 @@ def embedded_plan(path: Path) -> Plan | None:
         raise CheckpointError(
             f"{path} cannot be read: {error}", "give a file that Kinema wrote", path=str(path)
         ) from error
-    if text is None:
-        return None
-    try:
-        return Plan.model_validate_json(text)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} holds a plan that this version cannot read: {str(error).splitlines()[0]}",
-            "use the version of Kinema that made it",
-            path=str(path),
-        ) from error
+    return None if text is None else parse_plan(text, path)
 
 
 def _embedded_text(path: Path) -> str | None:

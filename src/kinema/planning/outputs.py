@@ -1,4 +1,4 @@
-"""Where the results of a plan go: kinds, names, and never over a file that is there."""
+"""Where the results of a plan go: kinds, names, and never over a file that is there; and the plan back out of one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from kinema.errors import MachineError, RequestError
-from kinema.schema import Facts, Note, OutputKind, OutputPlan, Request
+from kinema.errors import CheckpointError, MachineError, RequestError
+from kinema.schema import Facts, Note, OutputKind, OutputPlan, Plan, Request
+
+PLAN_KEY = "kinema"
+"""Metadata key under which an output file carries its plan."""
 
 SUFFIXES: dict[str, OutputKind] = {
     ".mp4": "mp4",
@@ -19,6 +22,18 @@ SUFFIXES: dict[str, OutputKind] = {
 }
 DEFAULT_FOLDER = Path("outputs")
 LONGEST_NAME = 48  # letters of the prompt in a file's name, whole words where it has any
+
+
+def parse_plan(text: str, path: Path) -> Plan:
+    """Return the plan that `path` carries as `text`; CheckpointError for one this version cannot read."""
+    try:
+        return Plan.model_validate_json(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} holds a plan that this version cannot read: {str(error).splitlines()[0]}",
+            "use the version of Kinema that made it",
+            path=str(path),
+        ) from error
 
 
 def output_folder(request: Request) -> Path:
