@@ -74,23 +74,19 @@ class StoredTensor:
     start: int
 
     @property
-    def span(self) -> int:
-        """Elements from the first to the last one touched."""
-        return span_of(self.shape, self.stride)
-
-    @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def open(self) -> Tensor:
         """Return the tensor as a view of the mapped file; copied only where its offset is not aligned to its dtype."""
-        if self.span == 0:
+        span = span_of(self.shape, self.stride)
+        if span == 0:
             return torch.empty(self.shape, dtype=self.dtype)
         if self.start % self.dtype.itemsize:
-            stop = self.start + self.span * self.dtype.itemsize
+            stop = self.start + span * self.dtype.itemsize
             flat = torch.frombuffer(bytearray(self.file.buffer[self.start : stop]), dtype=self.dtype)
         else:
-            flat = torch.frombuffer(self.file.buffer, dtype=self.dtype, count=self.span, offset=self.start)
+            flat = torch.frombuffer(self.file.buffer, dtype=self.dtype, count=span, offset=self.start)
         return flat.as_strided(self.shape, self.stride)
 
 

@@ -81,17 +81,15 @@ class Passage:
 
     def encoded(self, start: int, stop: int) -> Tensor | Packed:
         """Return rows as they are stored. Raises CheckpointError for numbers that have no place there."""
-        if self.scales == STORED:
-            packed = self.rows.translation.packed(self.official)
-            assert packed is not None
+        if (packed := self._stored) is not None:
             return packed.rows(slice(start, stop))
         rows = self.rows.get(self.official, start, stop)
         if isinstance(self.kind, torch.dtype):
             stored = rows.to(self.kind)
             self._check_fit(stored.isfinite())
             return stored
-        unscaled = self.scales == "none" and self.kind in LARGEST
-        self._check_fit(rows.abs() <= (LARGEST[self.kind] if unscaled else torch.finfo(rows.dtype).max))
+        limit = LARGEST[self.kind] if self.scales == "none" and self.kind in LARGEST else torch.finfo(rows.dtype).max
+        self._check_fit(rows.abs() <= limit)
         if self.scales == "tensor" and self._scale is None:
             self._scale = self._whole_scale()
         return quantise(rows, self.kind, self.scales, self._scale)
@@ -112,6 +110,11 @@ class Passage:
         return encoded.dequantised() if isinstance(encoded, Packed) else encoded.float()
 
     @property
+    def _stored(self) -> Packed | None:
+        """The source's own packed weight, where that is what is written."""
+        return self.rows.translation.packed(self.official) if self.scales == STORED else None
+
+    @property
     def scale_name(self) -> str:
         """What goes behind a layer's name for its scale: ComfyUI's first word for one of fp8, else everybody's."""
         if (shape := self._scale_shape(1)) is None:
@@ -121,7 +124,7 @@ class Passage:
     @property
     def weight_only(self) -> bool:
         """Whether it is not to be multiplied in fp8: as the source says; ComfyUI has no scale for its input."""
-        packed = self.rows.translation.packed(self.official) if self.scales == STORED else None
+        packed = self._stored
         return packed.weight_only if packed else self.scales == "tensor"
 
     def written(self, part: Spelt, begin: int, end: int) -> Iterator[Written]:
@@ -138,9 +141,8 @@ class Passage:
             yield Written(name, scale_shape, torch.float32, self._scales)
 
     def _scale_shape(self, rows: int) -> tuple[int, ...] | None:
-        if self.scales == STORED:
-            packed = self.rows.translation.packed(self.official)
-            scale = packed.scale if packed else None
+        if (packed := self._stored) is not None:
+            scale = packed.scale
             return None if scale is None else (rows, *scale.shape[1:]) if scale.ndim else ()
         shapes: dict[str, tuple[int, ...]] = {"tensor": (), "channel": (rows, 1)}
         return None if self.kind in BLOCK_TYPES else shapes.get(self.scales)

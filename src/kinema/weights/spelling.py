@@ -111,11 +111,10 @@ def _pieces(pattern: str) -> list[tuple[str, bool]]:
 def parts_of(spelt: tuple[Spelt, ...], shape: tuple[int, ...], config: Mapping[str, object]) -> list[tuple[int, int]]:
     """Return the rows [begin, end) of an official tensor that each of its parts holds.
 
-    Three parts are queries, keys and values, as many rows each; a fourth, of FLUX, is what is left.
+    Two are keys and values, three queries too, as many rows each; a fourth, of FLUX, is what is left.
     """
     if len(spelt) == 1:
         return [(0, shape[0] if shape else 1)]
-    dim = config.get("dim")
-    height = shape[0] // 3 if len(spelt) == 3 else int(str(dim))
+    height = int(str(config["dim"])) if len(spelt) == 4 else shape[0] // len(spelt)
     edges = [height * part for part in range(len(spelt))] + [shape[0]]
     return list(pairwise(edges))
