@@ -397,6 +397,14 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
     assert len(caught.value.details["missing"]) == 10
 
 
+@pytest.mark.parametrize(("version", "level"), [("2.1", ""), ("2.2", "1.")])
+def test_a_vae_that_lacks_a_level_is_refused(tmp_path: Path, version: str, level: str) -> None:
+    gone = f"encoder.downsamples.{level}"
+    shapes = {name: shape for name, shape in manifest(f"wan{version}_vae").items() if not name.startswith(gone)}
+    with pytest.raises(CheckpointError, match=r"make no model|missing"):
+        inspect(write_sparse(tmp_path / "a.safetensors", shapes))
+
+
 def test_left_over_tensors_are_named_in_the_file_s_spelling(tmp_path: Path) -> None:
     shapes = {f"model.diffusion_model.{name}": shape for name, shape in manifest("wan2.1_t2v_1.3B").items()}
     shapes["model.diffusion_model.blocks.0.extra.weight"] = (3,)

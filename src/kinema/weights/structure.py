@@ -169,12 +169,11 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
     version = "2.2" if "decoder.upsamples.0.upsamples.0.residual.2.weight" in shapes else "2.1"
     levels = _vae_levels(shapes, version)
     dim = shapes.axis("encoder.conv1.weight", 0)
-    widths = [shapes.axis(f"{level[0]}.residual.6.weight", 0) for level in levels if level]
-    dim_mult = [width // max(dim, 1) for width in widths]
+    dim_mult = [shapes.axis(f"{level[0]}.residual.6.weight", 0) // dim for level in levels]
     config: dict[str, Any] = {
         "version": version,
         "dim": dim,
-        "dec_dim": shapes.axis("decoder.conv1.weight", 0) // max(1, *dim_mult[-1:], 1),
+        "dec_dim": shapes.axis("decoder.conv1.weight", 0) // max([1, *dim_mult[-1:]]),
         "z_dim": shapes.axis("conv2.weight", 0),
         "dim_mult": dim_mult,
         "num_res_blocks": sum(f"{name}.residual.2.weight" in shapes for name in (levels or [[]])[0]),
@@ -185,12 +184,13 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
 
 def _vae_levels(shapes: Shapes, version: str) -> list[list[str]]:
     """Names of the encoder's layers, level by level; each level but the last ends with its resampler."""
-    count = shapes.count(r"encoder\.downsamples\.(\d+)\.")
-    if version == "2.2":
-        inner = [shapes.count(rf"encoder\.downsamples\.{n}\.downsamples\.(\d+)\.") for n in range(count)]
-        return [[f"encoder.downsamples.{n}.downsamples.{m}" for m in range(inner[n])] for n in range(count)]
     levels: list[list[str]] = [[]]
-    for name in (f"encoder.downsamples.{n}" for n in range(count)):
+    for n in range(shapes.count(r"encoder\.downsamples\.(\d+)\.")):
+        name = f"encoder.downsamples.{n}"
+        if version == "2.2":
+            inner = shapes.count(rf"encoder\.downsamples\.{n}\.downsamples\.(\d+)\.")
+            levels.append([f"{name}.downsamples.{m}" for m in range(inner)])
+            continue
         levels[-1].append(name)
         if f"{name}.resample.1.weight" in shapes:
             levels.append([])
@@ -247,7 +247,7 @@ def clip_config(shapes: Shapes) -> dict[str, Any]:
         "dim": dim,
         "num_heads": dim // CLIP_HEAD_WIDTH,
         "num_layers": num_layers,
-        "mlp_ratio": shapes.axis("transformer.0.mlp.0.weight", 0) // max(dim, 1),
+        "mlp_ratio": shapes.axis("transformer.0.mlp.0.weight", 0) // dim,
     }
 
 
@@ -294,10 +294,9 @@ def flux_config(shapes: Shapes) -> dict[str, Any]:
 def flux_vae_config(shapes: Shapes) -> dict[str, Any]:
     dim = shapes.axis("encoder.conv_in.weight", 0)
     levels = shapes.count(r"encoder\.down\.(\d+)\.")
-    widths = [shapes.axis(f"encoder.down.{n}.block.0.conv1.weight", 0) for n in range(levels)]
     return {
         "dim": dim,
-        "dim_mult": [width // max(dim, 1) for width in widths],
+        "dim_mult": [shapes.axis(f"encoder.down.{n}.block.0.conv1.weight", 0) // dim for n in range(levels)],
         "num_res_blocks": shapes.count(r"encoder\.down\.0\.block\.(\d+)\."),
         "z_dim": shapes.axis("decoder.conv_in.weight", 1),
     }
@@ -477,7 +476,7 @@ def build_for(shapes: Shapes, config: Mapping[str, Any]) -> nn.Module:
     """
     try:
         module = build(shapes.translation.dialect.component, config)
-    except (KinemaError, RuntimeError, ValueError, TypeError, ArithmeticError) as error:
+    except (KinemaError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError) as error:
         raise shapes.error(f"its shapes make no model ({error})") from error
     check(shapes, module)
     return module
