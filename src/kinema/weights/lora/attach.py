@@ -228,4 +228,6 @@ def _original(module: nn.Module, name: str) -> Tensor:
 
 
 def _parametrized(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
-    return dict(module.parametrizations.items()) if parametrize.is_parametrized(module) else {}  # type: ignore
+    if not parametrize.is_parametrized(module):
+        return {}
+    return dict(module.parametrizations.items())  # type: ignore[operator, union-attr]
