@@ -128,8 +128,9 @@ def verify(
     full: Annotated[bool, option("read every byte, not headers alone")] = False,
 ) -> int:
     """Say whether files are what their names say: right, truncated, altered, another model, unknown."""
-    from kinema.catalog.verify import SUFFIXES, checkpoints
+    from kinema.catalog.verify import checkpoints
     from kinema.catalog.verify import verify as check
+    from kinema.weights.files import SUFFIXES
 
     store, folders = _opened(call)
     given: list[Path] = []
