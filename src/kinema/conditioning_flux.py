@@ -44,8 +44,8 @@ def flux_conditions(
         for branch, text in rows.items()
     }
     if flux.redux is not None:
-        shown = _redux_rows(plan, flux, get)
-        told["cond"] = replace(told["cond"], text=(torch.cat([told["cond"].text[0], shown]),))
+        text, shown = rows["cond"], _redux_rows(plan, flux, get)
+        told["cond"] = replace(told["cond"], text=(torch.cat([text, shown.to(text)]),))
     return told
 
 

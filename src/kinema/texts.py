@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kinema.models.encoders import UMT5, encode_padded, encode_prompts
+from kinema.models.encoders import UMT5, encode_prompts
 from kinema.residents import BackgroundHashes
 from kinema.schema import ModelRef, Note, Plan
 from kinema.text_cache import TextCache
@@ -62,8 +62,8 @@ class Texts:
             ref = plan.text_encoder
             encoder = cast(UMT5, get(ref))
             tokenizer = load_tokenizer(ref.files, ref.tokenizer, ref.component)
-            encode = encode_padded if ref.component == "t5" else encode_prompts
-            rows = encode(encoder, tokenizer, [text for _, _, text in new], plan.text_len)
+            unknown = [text for _, _, text in new]
+            rows = encode_prompts(encoder, tokenizer, unknown, plan.text_len, padded=ref.component == "t5")
             self._rows.update(zip(new, rows, strict=True))
             self._new += new
         wanted = {key: self._rows[key] for key in keys}

@@ -201,13 +201,22 @@ def test_prompts_are_encoded_at_true_length():
     assert_golden(short, masked.detach(), 1e-5)
 
 
+def test_padding_that_is_attended_counts():
+    encoder = small_umt5()
+    (padded,) = encode_prompts(encoder, Letters(), ["ab"], 8, padded=True)
+    ids = torch.tensor([[*Letters().encode("ab").ids] + [0] * 5])
+    assert torch.equal(padded, encoder.encode(ids)[0].detach())
+    assert not torch.allclose(padded[:3], encode_prompts(encoder, Letters(), ["ab"])[0])
+
+
 def test_a_token_the_encoder_lacks_is_an_error():
     class Strange(Letters):
         def encode(self, prompt: str, text_len: int = 512) -> Tokens:
             return Tokens((300, 1), 0)
 
-    with pytest.raises(RequestError, match="token 300"):
-        encode_prompts(small_umt5(), Strange(), ["a"])
+    for padded in (False, True):
+        with pytest.raises(RequestError, match="token 300"):
+            encode_prompts(small_umt5(), Strange(), ["a"], padded=padded)
 
 
 def test_features_that_are_not_finite_are_an_error():

@@ -219,8 +219,13 @@ def encode_prompts(
     prompts: Sequence[str],
     text_len: int = 512,
     device: torch.device | str = "cpu",
+    *,
+    padded: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return one features_SD a prompt, float32 on `device`, of its true length with </s> and without padding.
+
+    padded   `text_len` rows, padded with token 0, which is attended like any other: FLUX's T5 was run without a mask in
+             training, and still is.
 
     `tokenizer.encode(prompt, text_len).cut` says what was left out of a long prompt.
     Raises RequestError for a token the encoder has no embedding for, NumericsError for features that are not finite.
@@ -235,29 +240,12 @@ def encode_prompts(
                 field="prompt",
                 got=prompt,
             )
+        if padded:
+            ids += (0,) * (text_len - len(ids))
         row_SD = encoder.encode(torch.tensor([ids]))[0]
         if not row_SD.isfinite().all():
             raise NumericsError("the text encoder gave a value that is not finite", stage="encode text")
         rows.append(row_SD.to(device))
-    return tuple(rows)
-
-
-@torch.no_grad()
-def encode_padded(
-    encoder: UMT5, tokenizer: Tokenizer, prompts: Sequence[str], text_len: int = 512
-) -> tuple[Tensor, ...]:
-    """Return one features_SD a prompt, float32, of `text_len` rows: padded with token 0, attended like any other.
-
-    FLUX's T5 was run without a mask in training, and still is.
-    """
-    rows = []
-    for prompt in prompts:
-        ids = tokenizer.encode(prompt, text_len).ids
-        padded = [*ids, *([0] * (text_len - len(ids)))]
-        row_SD = encoder.encode(torch.tensor([padded]))[0]
-        if not row_SD.isfinite().all():
-            raise NumericsError("the text encoder gave a value that is not finite", stage="encode text")
-        rows.append(row_SD)
     return tuple(rows)
 
 
