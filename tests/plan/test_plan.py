@@ -263,7 +263,8 @@ REFUSED = [
     ("wan2.1-t2v-1.3b", {"save": Path("a.mov")}, "ends in .mov"),
     ("wan2.1-t2v-1.3b", {"save": Path("a.mp4"), "output": "gif"}, "is a mp4 file but output asks for gif"),
     ("wan2.1-t2v-1.3b", {"output": "gif,gif"}, "names a kind twice"),
-    ("wan2.1-t2v-1.3b", {"tile": 100}, "tile 100 is not a multiple"),
+    ("wan2.1-t2v-1.3b", {"tile": 100}, "tile 100 is not a multiple of 16 from 64 up; nearest is 96"),
+    ("wan2.2-ti2v-5b", {"tile": 96}, "tile 96 is not a multiple of 32 from 128 up; nearest is 128"),
     ("wan2.2-i2v-a14b", {"images": FIRST, "frames": 1}, "leaves nothing to make"),
 ]
 

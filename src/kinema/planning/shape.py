@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kinema.errors import RequestError
+from kinema.planning.activations import SMALLEST_TILE
 from kinema.planning.geometry import (
     PATCH,
     SPATIAL_STRIDE,
@@ -124,11 +125,11 @@ def _one(request: Request) -> int:
 
 
 def plan_tile(request: Request, stride: int) -> int | None:
-    multiple = 2 * stride
-    if request.tile and request.tile % multiple:
-        near = nearest_multiples(request.tile, multiple)[0]
+    multiple, smallest = 2 * stride, SMALLEST_TILE * stride
+    if request.tile and (request.tile % multiple or request.tile < smallest):
+        near = max(smallest, nearest_multiples(request.tile, multiple)[0])
         raise RequestError(
-            f"tile {request.tile} is not a multiple of {multiple}; nearest is {near}",
+            f"tile {request.tile} is not a multiple of {multiple} from {smallest} up; nearest is {near}",
             f"pass --tile {near}",
             field="tile",
             got=request.tile,
