@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from checkpoints import write
 from golden_weights import fill
-from kinema.models.clip_text import END, START, ClipText, ClipTextConfig
+from kinema.models.clip_text import ClipText, ClipTextConfig
 from kinema.models.encoders import UMT5, TextEncoderConfig
 from kinema.models.flux import FluxConfig, FluxDiT
 from kinema.models.flux_vae import FluxVAE, FluxVAEConfig
 from kinema.models.siglip import Redux, ReduxConfig, Siglip, SiglipConfig
+from kinema.models.tokenizer import CLIP_END, CLIP_START
 from kinema.schema import Settings
 from kinema.weights.keys_encoders import TEXT_TRANSFORMERS
 from tiny_world import TinyWorld, spiece_model
@@ -89,8 +90,9 @@ def clip_tables(folder: Path) -> Path:
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
-    merges = [("c", "a"), ("ca", "t</w>"), ("r", "e"), ("re", "d</w>")]
-    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
+    merges = [("c", "a"), ("ca", "t</w>"), ("r", "e"), ("re", "d</w>"), ("a", "b</w>"), ("p", "h"), ("o", "f</w>")]
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    words += [CLIP_START, CLIP_END]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from kinema.conditioning import read_planned
 from kinema.media.image import read_image
-from kinema.models.clip_text import ClipText, ClipTokenizer
+from kinema.models.clip_text import ClipText
 from kinema.models.flux_vae import FluxVAE
 from kinema.models.siglip import Redux, Siglip
+from kinema.models.tokenizer import ClipTokenizer
 from kinema.sampling.denoiser import Branch
 from kinema.schema import FluxPlan, ImagePlan, ModelRef, Plan
 from kinema.tensors import Conditions, FluxConditions

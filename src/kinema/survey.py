@@ -25,7 +25,7 @@ from kinema.media.camera import pose_facts
 from kinema.media.image import read_image
 from kinema.media.speaking import speak
 from kinema.media.video import probe
-from kinema.models.tokenizer import Tokenizer
+from kinema.models.tokenizer import ClipTokenizer, Tokenizer
 from kinema.planning import MEDIA_FIELDS, check_media, output_folder
 from kinema.planning.camera import is_pose_file
 from kinema.planning.inputs import split_place
@@ -105,7 +105,10 @@ def survey(
         _check_sound(heard)
     files, widened = _with_room(request, entry, files, settings)
     tokenizer = _tokenizer(request, paths, files["text_encoder"], settings)
-    clip_tokenizer = _clip_tokenizer(request, files["clip_text"], settings) if "clip_text" in files else None
+    clip_tokenizer, cut_by_clip = None, {}
+    if clip := files.get("clip_text"):
+        clip_tokenizer = _clip_tokenizer(request, clip, settings)
+        cut_by_clip = _cut(request, ClipTokenizer.from_path(clip_tokenizer), clip.config["num_positions"])
     facts = Facts(
         files=files,
         loras=_loras(request, files, settings),
@@ -119,7 +122,8 @@ def survey(
         | _spoken(request, entry, settings),
         machine=machine,
         notes=notes + widened,
-        cut=_cut(request, entry, _load_tokenizer(files["text_encoder"], tokenizer)),
+        cut=_cut(request, _load_tokenizer(files["text_encoder"], tokenizer), entry.text_len),
+        cut_by_clip=cut_by_clip,
         existing=existing_names(folder),
         output_free=_free(folder),
     )
@@ -384,10 +388,10 @@ def _load_tokenizer(encoder: FileFacts, tokenizer: Path | None) -> Tokenizer:
     return load_tokenizer(encoder.files, tokenizer, encoder.component)
 
 
-def _cut(request: Request, entry: CatalogEntry, tokenizer: Tokenizer) -> dict[str, int]:
-    """Tokens of the user's texts that the model will not read, by field; none of the fields that fit."""
+def _cut(request: Request, tokenizer: Tokenizer | ClipTokenizer, text_len: int) -> dict[str, int]:
+    """Tokens of the user's texts that an encoder will not read, by field; none of the fields that fit."""
     texts = {"prompt": request.prompt or "", "negative": request.negative or ""}
-    cut = {field: tokenizer.encode(text, entry.text_len).cut for field, text in texts.items()}
+    cut = {field: tokenizer.encode(text, text_len).cut for field, text in texts.items()}
     return {field: count for field, count in cut.items() if count}
 
 

@@ -68,6 +68,15 @@ def test_every_word_and_number_counts(engine: Engine, tmp_path: Path) -> None:
         assert not np.array_equal(first, other), fields
 
 
+def test_words_that_clip_does_not_see_are_counted(engine: Engine, tmp_path: Path) -> None:
+    def notes(prompt: str) -> list[str]:
+        plan = engine.plan(Request(model="tiny-flux", prompt=prompt, save=tmp_path / "a.png"))
+        return [note.text for note in plan.notes if "CLIP" in note.text]
+
+    assert notes("red " * 75) == []
+    assert notes("red " * 80) == ["CLIP does not see its last 5 tokens: it reads 77, T5 12"]
+
+
 def test_schnell_has_no_guidance_and_no_shift(engine: Engine, tmp_path: Path) -> None:
     plan, pixels = run(engine, tmp_path / "a.png", model="tiny-schnell", size="96x64")
     assert pixels.shape == (64, 96, 3)

@@ -10,11 +10,13 @@ import torch
 
 from golden_weights import assert_golden, fill, input_tensor
 from kinema.errors import CatalogError, CheckpointError
-from kinema.models.clip_text import ClipText, ClipTextConfig, ClipTokenizer
+from kinema.models.clip_text import ClipText, ClipTextConfig
 from kinema.models.encoders import UMT5, TextEncoderConfig
 from kinema.models.siglip import Siglip, SiglipConfig
+from kinema.models.tokenizer import ClipTokenizer
 from kinema.weights.dialect import Rule
 from kinema.weights.keys_encoders import TEXT_TRANSFORMERS
+from tiny_flux import clip_tables
 
 T5 = TextEncoderConfig(
     vocab=60, dim=32, dim_attn=24, num_heads=4, ffn_dim=40, num_layers=3, num_buckets=32, shared_bias=True
@@ -93,25 +95,11 @@ def test_siglip_equals_transformers() -> None:
 PROMPTS = ["A photo of a cat", "it's 2 CATS,\n  really!!", "Grüße <|endoftext|> x", "", "ab " * 100]
 
 
-def write_tables(folder: Path) -> Path:
-    """A tiny byte-pair vocabulary in OpenAI's two files."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    letters = sorted(ByteLevel.alphabet())
-    merges = [("c", "a"), ("ca", "t</w>"), ("a", "b</w>"), ("p", "h"), ("o", "f</w>"), ("r", "e")]
-    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
-    return folder
-
-
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_clip_tokens_equal_transformers(tmp_path: Path, prompt: str) -> None:
     from transformers import CLIPTokenizer
 
-    folder = write_tables(tmp_path / "tokenizer")
+    folder = clip_tables(tmp_path / "tokenizer")
     merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines()[1:]]
     theirs = CLIPTokenizer(vocab=json.loads((folder / "vocab.json").read_text()), merges=merges)
     ours = ClipTokenizer.from_path(folder)
@@ -122,7 +110,7 @@ def test_clip_tokens_equal_transformers(tmp_path: Path, prompt: str) -> None:
 
 
 def test_what_is_cut_is_counted(tmp_path: Path) -> None:
-    tokens = ClipTokenizer.from_path(write_tables(tmp_path)).encode("ab " * 100)
+    tokens = ClipTokenizer.from_path(clip_tables(tmp_path)).encode("ab " * 100)
     assert (len(tokens.ids), tokens.cut) == (77, 25)
 
 

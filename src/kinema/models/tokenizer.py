@@ -1,26 +1,33 @@
-"""The umT5 and T5 tokenizers: prompt to token ids, from any form in which their models are published.
+"""The tokenizers of umT5, T5 and CLIP: prompt to token ids, from any form in which their models are published.
 
-Owns cleaning and truncation of prompts. Knows nothing of the encoder; sentencepiece, tokenizers and ftfy are imported
+Owns cleaning and truncation of prompts. Knows nothing of the encoders; sentencepiece, tokenizers and ftfy are imported
 when first needed, so that importing this module costs nothing.
 """
 
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kinema.errors import CatalogError, CheckpointError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 TOKENIZER_SOURCE = "google/umt5-xxl"
 NUM_EXTRA_IDS = 300
 SPECIAL = re.compile(r"(</?s>|<pad>|<unk>|<extra_id_(?:[12][0-9]{2}|[1-9]?[0-9])>)")
 
+CLIP_SOURCE = "openai/clip-vit-large-patch14"
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+
 
 class Tokens(NamedTuple):
-    """ids end with </s>; `cut` counts the tokens that did not fit."""
+    """ids end with the token that ends a text; `cut` counts the tokens that did not fit."""
 
     ids: tuple[int, ...]
     cut: int
@@ -131,3 +138,76 @@ def _no_tokenizer(message: str, path: Path) -> CatalogError:
 def _not_a_tokenizer(name: str, expected: str) -> CheckpointError:
     hint = f"Replace it with the file of {TOKENIZER_SOURCE}, found beside the official model files."
     return CheckpointError(f"{name} is not {expected}", hint, path=name, expected=expected)
+
+
+# --- CLIP ------------------------------------------------------------------------------------------
+
+
+class ClipTokenizer:
+    """CLIP's byte-pair tokenizer: lower case, at most 77 tokens with start and end.
+
+    Source: openai/CLIP clip/simple_tokenizer.py (MIT); huggingface/transformers CLIPTokenizer (Apache-2.0).
+    """
+
+    def __init__(self, model: tokenizers.Tokenizer, name: str) -> None:
+        start, end = model.token_to_id(CLIP_START), model.token_to_id(CLIP_END)
+        if start is None or end is None:
+            raise CheckpointError(f"{name} is not CLIP's tokenizer: it lacks {CLIP_START} or {CLIP_END}", path=name)
+        model.no_truncation()
+        model.no_padding()
+        self._model, self._start, self._end = model, start, end
+
+    @classmethod
+    def from_path(cls, path: Path | str) -> ClipTokenizer:
+        """Read tokenizer.json, or vocab.json with merges.txt beside it, or a folder with either."""
+        import tokenizers
+
+        path = Path(path)
+        folder = path if path.is_dir() else path.parent
+        whole = folder / "tokenizer.json" if path.is_dir() else path
+        try:
+            if whole.is_file() and path.name != "vocab.json":
+                return cls(tokenizers.Tokenizer.from_file(str(whole)), str(whole))
+            if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+                return cls(_byte_pairs(folder / "vocab.json", folder / "merges.txt"), str(folder))
+        except CheckpointError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} is not a tokenizer: {error}", path=str(path)) from error
+        raise CatalogError(
+            f"{path} holds no CLIP tokenizer: neither tokenizer.json nor vocab.json with merges.txt",
+            f"get the folder `tokenizer` of FLUX.1, or {CLIP_SOURCE}, and pass --clip-tokenizer PATH",
+            name=CLIP_SOURCE,
+        )
+
+    def encode(self, prompt: str, text_len: int = 77) -> Tokens:
+        """Return at most text_len ids, start first and end last, and how many tokens had to be cut."""
+        ids = list(self._model.encode(prompt, add_special_tokens=False).ids)
+        kept = ids[: text_len - 2]
+        return Tokens((self._start, *kept, self._end), len(ids) - len(kept))
+
+
+def _byte_pairs(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of OpenAI's two files, which hold its tables but not how text is split."""
+    import tokenizers
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    lines = [line for line in merges.read_text("utf-8").splitlines() if line and not line.startswith("#version")]
+    pairs = [(left, right) for left, right in (line.split(" ") for line in lines)]
+    model = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=json.loads(vocab.read_text("utf-8")),
+            merges=pairs,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            unk_token=CLIP_END,
+        )
+    )
+    whitespace = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    model.normalizer = normalizers.Sequence([normalizers.NFC(), whitespace, normalizers.Lowercase()])
+    words = (CLIP_START, CLIP_END, "'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+    pattern = "|".join([*(word.replace("|", r"\|") for word in words), r"[\p{L}]+", r"[\p{N}]", r"[^\s\p{L}\p{N}]+"])
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="removed", invert=True)
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    model.add_special_tokens([CLIP_START, CLIP_END])
+    return model

@@ -7,7 +7,7 @@ cannot mean anything is refused with the nearest thing that can.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -93,10 +93,7 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     steps = _steps(request, entry, shift, boundary, strength, notes, loras.preset)
     steps = step_strengths(steps, loras, request, notes)
     prompt, negative = _texts(request, entry, steps, notes)
-    for field, count in facts.cut.items():
-        notes.append(
-            Note(about=field, text=f"its last {count} tokens are left out: {entry.name} reads {entry.text_len}")
-        )
+    notes += _unread(entry, facts)
     seeds = _seeds(request)
     output = plan_output(request, facts, seeds, frames, prompt, notes)
     if driven:
@@ -290,6 +287,16 @@ def _texts(request: Request, entry: CatalogEntry, steps: Sequence[PlanStep], not
     if request.negative and all(step.guidance == 1 for step in steps):
         notes.append(Note(about="negative", text="the negative prompt has no effect at guidance 1"))
     return prompt, negative
+
+
+def _unread(entry: CatalogEntry, facts: Facts) -> Iterator[Note]:
+    """Yield what is said of texts that are longer than an encoder reads."""
+    for field, count in facts.cut.items():
+        yield Note(about=field, text=f"its last {count} tokens are left out: {entry.name} reads {entry.text_len}")
+    for field, count in facts.cut_by_clip.items():
+        length = facts.files["clip_text"].config["num_positions"]
+        text = f"CLIP does not see its last {count} tokens: it reads {length}, T5 {entry.text_len}"
+        yield Note(about=field, text=text)
 
 
 def _seeds(request: Request) -> tuple[int, ...]:

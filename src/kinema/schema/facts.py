@@ -109,7 +109,7 @@ class Facts(Frozen):
     loras     in the order of `Request.lora`; known_loras: the published ones, by name.
     media     by Request field, in order where a field takes several.
     notes     what was decided while looking: which of several installed files is used.
-    cut       tokens of prompt and negative, by field, beyond what the model reads.
+    cut       tokens of prompt and negative, by field, beyond what the model reads; cut_by_clip: what FLUX's CLIP reads.
     existing  names already present in the folder the output goes to.
     """
 
@@ -122,6 +122,7 @@ class Facts(Frozen):
     machine: Machine = Machine()
     notes: tuple[Note, ...] = ()
     cut: dict[str, int] = {}
+    cut_by_clip: dict[str, int] = {}
     existing: frozenset[str] = frozenset()
     output_free: int | None = None
 
