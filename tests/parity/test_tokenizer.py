@@ -109,6 +109,16 @@ def test_ids_match_transformers(tmp_path):
     assert len({ours.encode(p).ids for p in PROMPTS}) == len(PROMPTS) - 1  # one pair is equal after NFKC
 
 
+def test_t5_takes_a_prompt_as_it_stands(tmp_path):
+    spiece = train(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    (tmp_path / "spiece.model").write_bytes(spiece)
+    theirs = T5Tokenizer.from_pretrained(tmp_path, extra_ids=300)
+    ours = Tokenizer.from_bytes(spiece)
+    ours.cleans = False
+    for prompt in ["a red cat ", "  a red cat\n", "the &amp; sky", "“curly”  quotes "]:
+        assert list(ours.encode(prompt).ids) == theirs(prompt).input_ids, prompt
+
+
 def test_special_tokens_in_a_prompt_match_the_official_tokenizer(umt5_model, umt5_json):
     ours = Tokenizer.from_bytes(umt5_model)
     for prompt in SPECIAL_PROMPTS + [p for p in PROMPTS if "\u200b" not in p]:

@@ -104,14 +104,13 @@ class _SentencePieces:
 
     def __call__(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in SPECIAL.split(text):
-            if SPECIAL.fullmatch(part):
-                ids.append(self._special(part))
-                continue
-            ids += self.model.EncodeAsIds(part)
-            if part.endswith(" "):  # only before a special token, for the text was stripped
+        *before, last = SPECIAL.split(text)
+        for words, special in zip(before[::2], before[1::2], strict=True):
+            ids += self.model.EncodeAsIds(words)
+            if words.endswith(" "):
                 ids.append(self.model.PieceToId("▁"))
-        return ids
+            ids.append(self._special(special))
+        return ids + list(self.model.EncodeAsIds(last))
 
     def _special(self, token: str) -> int:
         if token.startswith("<extra_id_"):
