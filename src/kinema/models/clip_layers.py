@@ -1,4 +1,5 @@
-"""The transformer layer that CLIP's text tower and SigLIP's image tower share, under transformers' names.
+"""The transformer layer that CLIP's text tower and SigLIP's image tower share, under transformers' names; wav2vec 2.0
+shares its attention.
 
 Runs in the dtype of its weights with a float32 residual stream.
 Source: openai/CLIP clip/model.py (MIT); huggingface/transformers CLIPEncoderLayer, SiglipEncoderLayer (Apache-2.0).
@@ -6,7 +7,7 @@ Source: openai/CLIP clip/model.py (MIT); huggingface/transformers CLIPEncoderLay
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,8 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
 class Attention(nn.Module):
-    def __init__(self, dim: int, num_heads: int, causal: bool) -> None:
+    def __init__(self, dim: int, num_heads: int, causal: bool = False) -> None:
         super().__init__()
         self.num_heads, self.causal = num_heads, causal
         self.q_proj = Linear(dim, dim)
@@ -61,7 +58,7 @@ class Layer(nn.Module):
     """Attention and MLP, each behind a norm and beside a skip."""
 
     def __init__(
-        self, dim: int, mlp_dim: int, num_heads: int, *, eps: float, activation: Activation, causal: bool
+        self, dim: int, mlp_dim: int, num_heads: int, *, eps: float, activation: Activation, causal: bool = False
     ) -> None:
         super().__init__()
         self.layer_norm1 = LayerNorm(dim, eps)
@@ -76,23 +73,11 @@ class Layer(nn.Module):
 
 
 class Tower(nn.Module):
-    """Layers one after the other. Arguments as of `Layer`."""
+    """Layers one after the other."""
 
-    def __init__(
-        self,
-        num_layers: int,
-        dim: int,
-        mlp_dim: int,
-        num_heads: int,
-        *,
-        eps: float,
-        activation: Activation,
-        causal: bool,
-    ) -> None:
+    def __init__(self, layers: Iterable[Layer]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            Layer(dim, mlp_dim, num_heads, eps=eps, activation=activation, causal=causal) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         for layer in self.layers:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kinema.models.clip_layers import Tower, quick_gelu
+from kinema.models.clip_layers import Layer, Tower, quick_gelu
 from kinema.models.layers import LayerNorm
 
 HEAD_DIM = 64
@@ -49,14 +49,10 @@ class ClipText(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
+        dim, heads = config.dim, config.dim // HEAD_DIM
         self.encoder = Tower(
-            config.num_layers,
-            config.dim,
-            config.mlp_dim,
-            config.dim // HEAD_DIM,
-            eps=config.eps,
-            activation=quick_gelu,
-            causal=True,
+            Layer(dim, config.mlp_dim, heads, eps=config.eps, activation=quick_gelu, causal=True)
+            for _ in range(config.num_layers)
         )
         self.final_layer_norm = LayerNorm(config.dim, config.eps)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kinema.models.clip_layers import Tower, gelu_tanh
+from kinema.models.clip_layers import Layer, Tower
 from kinema.models.layers import LayerNorm, Linear
 
 HEAD_DIM = 72
@@ -46,14 +46,9 @@ class Siglip(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
+        dim, heads, gelu = config.dim, config.dim // HEAD_DIM, nn.GELU(approximate="tanh")
         self.encoder = Tower(
-            config.num_layers,
-            config.dim,
-            config.mlp_dim,
-            config.dim // HEAD_DIM,
-            eps=config.eps,
-            activation=gelu_tanh,
-            causal=False,
+            Layer(dim, config.mlp_dim, heads, eps=config.eps, activation=gelu) for _ in range(config.num_layers)
         )
         self.post_layernorm = LayerNorm(config.dim, config.eps)
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kinema.models.clip_layers import Attention
 from kinema.models.layers import LayerNorm, Linear
 
 SAMPLE_RATE = 16_000
@@ -115,37 +116,11 @@ class PositionConv(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(config.dim, width, kernel).normal_())
         self.bias = nn.Parameter(torch.zeros(config.dim))
 
-    def forward(self, x_BDT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor) -> Tensor:
         weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
         kernel = weight.shape[2]
-        y_BDT = F.conv1d(x_BDT, weight, self.bias, padding=kernel // 2, groups=self.groups)
-        return F.gelu(y_BDT[:, :, : x_BDT.shape[2]])  # an even kernel makes one feature too many
-
-
-class PositionEmbedding(nn.Module):
-    def __init__(self, config: Wav2VecConfig) -> None:
-        super().__init__()
-        self.conv = PositionConv(config)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        y_BDT: Tensor = self.conv(x_BTD.transpose(1, 2))
-        return y_BDT.transpose(1, 2)
-
-
-class AudioAttention(nn.Module):
-    def __init__(self, config: Wav2VecConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.q_proj = Linear(config.dim, config.dim)
-        self.k_proj = Linear(config.dim, config.dim)
-        self.v_proj = Linear(config.dim, config.dim)
-        self.out_proj = Linear(config.dim, config.dim)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        parts = (self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD))
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
-        y_BTD: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return y_BTD
+        y_BDT = F.conv1d(x_BTD.transpose(1, 2), weight, self.bias, padding=kernel // 2, groups=self.groups)
+        return F.gelu(y_BDT[:, :, : x_BTD.shape[1]]).transpose(1, 2)  # an even kernel makes one feature too many
 
 
 class AudioFeedForward(nn.Module):
@@ -163,7 +138,7 @@ class AudioLayer(nn.Module):
     def __init__(self, config: Wav2VecConfig) -> None:
         super().__init__()
         self.layer_norm = LayerNorm(config.dim, config.eps)
-        self.attention = AudioAttention(config)
+        self.attention = Attention(config.dim, config.dim // config.head_dim)
         self.final_layer_norm = LayerNorm(config.dim, config.eps)
         self.feed_forward = AudioFeedForward(config)
 
@@ -175,7 +150,7 @@ class AudioLayer(nn.Module):
 class AudioTransformer(nn.Module):
     def __init__(self, config: Wav2VecConfig) -> None:
         super().__init__()
-        self.pos_conv_embed = PositionEmbedding(config)
+        self.pos_conv_embed = nn.ModuleDict({"conv": PositionConv(config)})
         self.layers = nn.ModuleList(AudioLayer(config) for _ in range(config.num_layers))
         self.layer_norm = LayerNorm(config.dim, config.eps)
 
@@ -208,7 +183,7 @@ class Wav2Vec(nn.Module):
     def hidden_states(self, features_TC: Tensor) -> Iterator[Tensor]:
         """Yield states_TD, num_layers + 1 of them: the input of each layer, then the normed output of the last."""
         x_BTD: Tensor = self.feature_projection(features_TC[None])
-        x_BTD = x_BTD + self.encoder.pos_conv_embed(x_BTD)
+        x_BTD = x_BTD + self.encoder.pos_conv_embed["conv"](x_BTD)
         for layer in self.encoder.layers:
             yield x_BTD[0]
             x_BTD = layer(x_BTD)
