@@ -88,7 +88,7 @@ def _frames(video: VideoPlan) -> Iterator[Tensor]:
 
 def reference_channels(vae: WanVAE, reference_CHW: Tensor, tile: int | None = None) -> Tensor:
     """Return the channels of the latent frame in front: ones, for it is given, and the reference's latents."""
-    latents_BCFhw = vae.encode(reference_CHW.to(vae.latent_mean.device)[None, :, None], tile=tile)
+    latents_BCFhw = vae.encode(reference_CHW[None, :, None], tile=tile)
     return torch.cat([torch.ones_like(latents_BCFhw[:, :4]), latents_BCFhw], dim=1)
 
 

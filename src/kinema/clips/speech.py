@@ -145,7 +145,7 @@ def speech_clips(
     image = next(image for image in plan.images if image.role == "reference")
     pixels_CHW = read_planned(image)
     vae = cast(WanVAE, models(plan.vae))
-    reference_BCFhw = vae.encode(pixels_CHW[None, :, None].to(vae.latent_mean.device), tile=plan.tile).cpu()
+    reference_BCFhw = vae.encode(pixels_CHW[None, :, None], tile=plan.tile).cpu()
     audio_LDT = None
     if texts:
         encoder = cast(Wav2Vec, models(plan.audio_encoder))

@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.models.wan_vae_layers import History
-from kinema.models.wan_vae_tiles import SMALLEST_TILE, Tile, run_tiles, tile_grid
+from kinema.models.wan_vae_tiles import pixel_tiles, run_tiles
+
+STRIDE = 8
+"""Pixels of a latent cell, each way."""
 
 NUM_GROUPS = 32
 EPS = 1e-6
@@ -39,11 +42,6 @@ class FluxVAEConfig:
 
 def _norm(dim: int) -> nn.GroupNorm:
     return nn.GroupNorm(NUM_GROUPS, dim, EPS)
-
-
-def _channels_last(x_BCHW: Tensor) -> Tensor:
-    """The layout that convolutions keep: on a CPU they would copy what goes in and out of each of them otherwise."""
-    return x_BCHW.contiguous(memory_format=torch.channels_last)
 
 
 class ResidualBlock(nn.Module):
@@ -172,13 +170,9 @@ class Decoder(nn.Module):
 class FluxVAE(nn.Module):
     """FLUX's autoencoder. Runs in the dtype of its weights; latents and frames are float32."""
 
-    spatial_stride = 8
-    temporal_stride = 1
-
     def __init__(self, config: FluxVAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.z_dim = config.z_dim
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
@@ -187,39 +181,32 @@ class FluxVAE(nn.Module):
 
         tile  edge in pixels, a multiple of 8, where memory is short. chunk is there for video's sake.
         """
-        image_BCHW = self._frame(video_BCTHW, 8)
-
-        def mean(x_BCTHW: Tensor, _: History) -> Tensor:
-            return self.encoder(_channels_last(x_BCTHW[:, :, 0]))[:, : self.z_dim, None]
-
-        tiles = self._tiles(image_BCHW.shape[2] // 8, image_BCHW.shape[3] // 8, tile)
-        mean_BCFhw = run_tiles(mean, image_BCHW[:, :, None], tiles, read=8, write=1, last=True)
+        rows, columns = _one_frame(video_BCTHW, STRIDE)
+        tiles = pixel_tiles(rows // STRIDE, columns // STRIDE, tile, STRIDE)
+        mean_BCFhw = run_tiles(self._mean, video_BCTHW, tiles, read=STRIDE, write=1, last=True)
         return self.config.scale * (mean_BCFhw.float() - self.config.shift)
 
     def decode_chunks(self, latents_BCFhw: Tensor, chunk: int = 1, tile: int | None = None) -> Iterator[Tensor]:
         """Yield the one frame video_BCTHW, float32, about [-1, 1], not clamped."""
-        z_BChw = self._frame(latents_BCFhw, 1) / self.config.scale + self.config.shift
+        tiles = pixel_tiles(*_one_frame(latents_BCFhw, 1), tile, STRIDE)
+        z_BCFhw = latents_BCFhw.float() / self.config.scale + self.config.shift
+        yield run_tiles(self._decode, z_BCFhw, tiles, read=1, write=STRIDE, last=True).float()
 
-        def decoded(z_BCFhw: Tensor, _: History) -> Tensor:
-            return self.decoder(_channels_last(z_BCFhw[:, :, 0].to(self.dtype)))[:, :, None]
+    def _mean(self, video_BCTHW: Tensor, _: History) -> Tensor:
+        return self.encoder(self._enter(video_BCTHW))[:, : self.config.z_dim, None]
 
-        tiles = self._tiles(z_BChw.shape[2], z_BChw.shape[3], tile)
-        yield run_tiles(decoded, z_BChw[:, :, None], tiles, read=1, write=8, last=True).float()
+    def _decode(self, z_BCFhw: Tensor, _: History) -> Tensor:
+        return self.decoder(self._enter(z_BCFhw))[:, :, None]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.decoder.conv_in.weight.dtype
+    def _enter(self, x_BCTHW: Tensor) -> Tensor:
+        """The frame in the dtype of the weights and the layout that convolutions keep: on a CPU they would copy what
+        goes in and out of each of them otherwise."""
+        return x_BCTHW[:, :, 0].to(self.decoder.conv_in.weight).contiguous(memory_format=torch.channels_last)
 
-    @property
-    def device(self) -> torch.device:
-        return self.decoder.conv_in.weight.device
 
-    def _frame(self, video_BCTHW: Tensor, multiple: int) -> Tensor:
-        frames, height, width = video_BCTHW.shape[2:]
-        if frames != 1 or height % multiple or width % multiple:
-            raise ValueError(f"{list(video_BCTHW.shape)} is not one frame with edges that divide by {multiple}")
-        return video_BCTHW[:, :, 0].to(self.device, self.dtype if multiple > 1 else torch.float32)
-
-    def _tiles(self, rows: int, columns: int, tile: int | None) -> list[Tile]:
-        cells = max(rows, columns) if tile is None else max(tile // 8, SMALLEST_TILE)
-        return tile_grid(rows, columns, cells)
+def _one_frame(video_BCTHW: Tensor, multiple: int) -> tuple[int, int]:
+    """Height and width of a video that is one frame, whose edges divide."""
+    frames, height, width = video_BCTHW.shape[2:]
+    if frames != 1 or height % multiple or width % multiple:
+        raise ValueError(f"{list(video_BCTHW.shape)} is not one frame with edges that divide by {multiple}")
+    return height, width

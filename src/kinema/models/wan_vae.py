@@ -31,7 +31,7 @@ from kinema.models.wan_vae_layers import (
     run,
     unpatchify,
 )
-from kinema.models.wan_vae_tiles import SMALLEST_TILE, Tile, run_tiles, tile_grid
+from kinema.models.wan_vae_tiles import Tile, pixel_tiles, run_tiles
 
 # Source: wan-models facts; Wan-Video/Wan2.2 wan/modules/vae2_1.py and vae2_2.py. (mean, std) per latent channel.
 # fmt: off
@@ -190,21 +190,13 @@ class WanVAE(nn.Module):
         self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
 
-    @property
-    def latent_mean(self) -> Tensor:
-        """[z, 1, 1, 1] float32, on the device of the weights."""
-        return self._per_channel(self.config.latent_mean)
-
-    @property
-    def latent_std(self) -> Tensor:
-        """[z, 1, 1, 1] float32, on the device of the weights."""
-        return self._per_channel(self.config.latent_std)
-
     def normalise(self, mean_BCFhw: Tensor) -> Tensor:
-        return (mean_BCFhw - self.latent_mean) / self.latent_std
+        mean, std = self._statistics()
+        return (mean_BCFhw - mean) / std
 
     def denormalise(self, latents_BCFhw: Tensor) -> Tensor:
-        return latents_BCFhw * self.latent_std + self.latent_mean
+        mean, std = self._statistics()
+        return latents_BCFhw * std + mean
 
     def encode(self, video_BCTHW: Tensor, chunk: int = 1, tile: int | None = None) -> Tensor:
         """Return normalised mean latents_BCFhw, F = (T - 1) / 4 + 1, of a clip in [-1, 1].
@@ -260,31 +252,21 @@ class WanVAE(nn.Module):
         return unpatchify(self.decoder(self.conv2(z), history), self.config.patch).float()
 
     def _tiles(self, height: int, width: int, tile: int | None) -> list[Tile]:
-        tiles = self._cut(height, width, tile)
+        tiles = pixel_tiles(height, width, tile, self.spatial_stride)
         for one in tiles:
             one.history.on_host = self.history_on_host
         return tiles
-
-    def _cut(self, height: int, width: int, tile: int | None) -> list[Tile]:
-        """Tiles over height x width latent cells, `tile` given in pixels."""
-        if tile is None:
-            return [Tile((0, height), (0, width))]
-        if tile % self.spatial_stride or tile < SMALLEST_TILE * self.spatial_stride:
-            smallest = SMALLEST_TILE * self.spatial_stride
-            raise RequestError(
-                f"tile {tile} is not a multiple of {self.spatial_stride} from {smallest} up",
-                f"pass {max(smallest, round(tile / self.spatial_stride) * self.spatial_stride)}",
-                field="tile",
-                got=tile,
-            )
-        return tile_grid(height, width, tile // self.spatial_stride)
 
     def _enter(self, x: Tensor) -> Tensor:
         """Bring x to the dtype of the weights and the layout all layers keep (frames fold into the batch as a view)."""
         return x.to(self.conv2.weight).contiguous(memory_format=torch.channels_last_3d)
 
-    def _per_channel(self, values: tuple[float, ...] | None) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.conv2.weight.device).view(-1, 1, 1, 1)
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each latent channel, [z, 1, 1, 1] float32, on the device of the weights."""
+        both = (self.config.latent_mean, self.config.latent_std)
+        statistics = torch.tensor(both, dtype=torch.float32, device=self.conv2.weight.device)
+        mean, std = statistics.view(2, -1, 1, 1, 1).unbind()
+        return mean, std
 
 
 def pieces(frames: int, stride: int, chunk: int) -> Iterator[tuple[int, int, bool]]:

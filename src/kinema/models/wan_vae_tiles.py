@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kinema.errors import RequestError
 from kinema.models.wan_vae_layers import History
 
 SMALLEST_TILE = 8
@@ -28,6 +29,24 @@ class Tile:
     row_overlaps: tuple[int, int] = (0, 0)
     column_overlaps: tuple[int, int] = (0, 0)
     history: History = field(default_factory=History)
+
+
+def pixel_tiles(height: int, width: int, tile: int | None, stride: int) -> list[Tile]:
+    """Cover height x width cells of `stride` pixels with tiles of `tile` pixels an edge; None: with a single one.
+
+    Raises RequestError for a tile that is not whole cells, or too few of them.
+    """
+    if tile is None:
+        return [Tile((0, height), (0, width))]
+    smallest = SMALLEST_TILE * stride
+    if tile % stride or tile < smallest:
+        raise RequestError(
+            f"tile {tile} is not a multiple of {stride} from {smallest} up",
+            f"pass {max(smallest, round(tile / stride) * stride)}",
+            field="tile",
+            got=tile,
+        )
+    return tile_grid(height, width, tile // stride)
 
 
 def tile_grid(height: int, width: int, tile: int) -> list[Tile]:
