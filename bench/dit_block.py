@@ -17,7 +17,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from torch import Tensor
 
-from kinema.models.layers import rope_table, sdpa
+from kinema.models.layers import rope_at, sdpa
 from kinema.models.wan import Block, Context, Stream, WanConfig, pad_texts, stays_float32
 from kinema.models.wan_blocks import KVCache
 
@@ -55,7 +55,7 @@ def build(dtype: torch.dtype, text_tokens: int) -> tuple[Callable[[], Tensor], C
     full_BSD = torch.nn.functional.pad(text, (0, 0, 0, 512 - text_tokens))[None].to(dtype)
     context = Context(KVCache(text_BSD), text_bias_1S=bias_1S)
     complex_dtype = torch.complex128 if dtype == torch.float32 else torch.complex64
-    rope_LK = rope_table(GRID, CONFIG.head_dim, dtype=complex_dtype, device=torch.device("cpu"))
+    rope_LK = rope_at(tuple(map(range, GRID)), CONFIG.head_dim, dtype=complex_dtype, device=torch.device("cpu"))
     stream = Stream(tokens_BLD, modulation_BR6D[:, :, 0], modulation_BR6D, (tokens_BLD.shape[1],), rope_LK, GRID, sdpa)
     latents = torch.zeros(1, 16, GRID[0], GRID[1] * 2, GRID[2] * 2)
     rotary = WanRotaryPosEmbed(CONFIG.head_dim, (1, 2, 2), 1024)(latents)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from golden_weights import assert_golden, fill, golden, input_tensor
-from kinema.models.layers import rope_table, sinusoid
+from kinema.models.layers import rope_at, sinusoid
 from kinema.models.wan import WanConfig, WanDiT
 from kinema.models.wan_config import CameraConfig, ReferenceConfig, VaceConfig
 from kinema.runtime.blocks import BlockStream, Ring
@@ -98,11 +98,11 @@ def test_another_scale_fails(scale: float):
 def test_a_reference_at_the_video_s_first_position_fails(name: str, monkeypatch: pytest.MonkeyPatch):
     model, x, timesteps, conditions, want = load(name)
 
-    def from_one(grid: tuple[int, int, int], *args: Any, **options: Any) -> Tensor:
-        table = rope_table(grid, *args, **options)
+    def from_one(*args: Any, **options: Any) -> Tensor:
+        table = rope_at(*args, **options)
         return torch.cat([table[12:24], table[:-12]])
 
-    monkeypatch.setattr("kinema.models.adapters.reference.rope_table", from_one)
+    monkeypatch.setattr("kinema.models.adapters.reference.rope_at", from_one)
     with pytest.raises(AssertionError, match="off by"):
         assert_golden(velocity(model, x, timesteps, conditions), want)
 

@@ -210,7 +210,7 @@ def test_rms_norm_rounds_before_it_weighs():
 
 def test_rotation_of_bfloat16_is_that_of_float64():
     x = torch.randn(1, 12, 2, 128).bfloat16()
-    exact = layers.rope_table((1, 3, 4), 128, dtype=torch.complex128, device=x.device)
+    exact = layers.rope_at((range(1), range(3), range(4)), 128, dtype=torch.complex128, device=x.device)
     assert torch.equal(rotate(x, exact), rotate(x, exact.to(torch.complex64)))
 
 

@@ -109,18 +109,6 @@ def finest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def rope_table(grid: tuple[int, int, int], head_dim: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return unit complex numbers [L, head_dim / 2], time-major, that turn by each token's position.
-
-    grid   tokens along time, height and width; L is their product.
-    dtype  complex128 or complex64 of the result; angles are computed in `finest`.
-
-    The K/2 slots are split t : h : w as 22 : 21 : 21 for K = 128; each axis has its own ladder of frequencies
-    10000 ** (-j / slots).
-    """
-    return rope_at((range(grid[0]), range(grid[1]), range(grid[2])), head_dim, dtype=dtype, device=device)
-
-
 def rope_at(
     positions: tuple[Sequence[int], Sequence[int], Sequence[int]],
     head_dim: int,
@@ -128,7 +116,14 @@ def rope_at(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Return the rope_table of tokens at given positions along time, height and width; they may be negative."""
+    """Return unit complex numbers [L, head_dim / 2], time-major, that turn by each token's position.
+
+    positions  of a grid of L tokens along time, height and width; they may be negative.
+    dtype      complex128 or complex64 of the result; angles are computed in `finest`.
+
+    The K/2 slots are split t : h : w as 22 : 21 : 21 for K = 128; each axis has its own ladder of frequencies
+    10000 ** (-j / slots).
+    """
     slots = head_dim // 2
     split = (slots - 2 * (slots // 3), slots // 3, slots // 3)
     real = finest(device)

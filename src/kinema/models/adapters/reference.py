@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema.models.adapters.adapter import Adapter
-from kinema.models.layers import map_once, rope_table
+from kinema.models.layers import map_once, rope_at
 from kinema.models.wan_blocks import Stream
 from kinema.models.wan_config import PATCH, WanConfig
 from kinema.tensors import ReferenceConditions
@@ -45,11 +45,11 @@ class Reference(Adapter):
         if state.shape[1] != rows * columns:
             raise ValueError(f"the reference has {state.shape[1]} tokens, a latent frame {rows * columns}")
         noisy = _at_last_timestep(stream, state.shape[1])
-        longer, rope = (frames + 1, rows, columns), stream.rope_LK
+        places, rope = (range(frames + 1), range(rows), range(columns)), stream.rope_LK
         return replace(
             noisy,
             tokens_BLD=torch.cat([state, stream.tokens_BLD], dim=1),
-            rope_LK=rope_table(longer, model.config.head_dim, dtype=rope.dtype, device=rope.device),
+            rope_LK=rope_at(places, model.config.head_dim, dtype=rope.dtype, device=rope.device),
             front=state.shape[1],
         )
 
