@@ -24,7 +24,9 @@ PATCH = 2
 """Latent rows and columns of one token."""
 
 AXES = (16, 56, 56)
-"""How the 128 numbers of a head are shared by the three axes of a position: image index, row, column."""
+"""How the numbers of a head are shared by the three axes of a position: image index, row, column."""
+
+HEAD_DIM = sum(AXES)
 
 FREQUENCIES = 256
 EPS = 1e-6
@@ -54,11 +56,10 @@ class FluxConfig:
     text_dim: int = 4096
     vector_dim: int = 768
     has_guidance: bool = True
-    head_dim: int = 128
 
     def __post_init__(self) -> None:
-        if self.head_dim != sum(AXES) or self.dim % self.head_dim:
-            raise ValueError(f"width {self.dim} does not divide into heads {sum(AXES)} wide")
+        if self.dim % HEAD_DIM:
+            raise ValueError(f"width {self.dim} does not divide into heads {HEAD_DIM} wide")
 
 
 @dataclass(frozen=True)
@@ -105,24 +106,22 @@ class FluxStream:
 class HeadNorm(nn.Module):
     """RMS norm over one head, its weight named `scale`. Rounds to the input's dtype before the weight."""
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(head_dim))
+        self.scale = nn.Parameter(torch.ones(HEAD_DIM))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), eps=EPS) * self.scale.to(x.dtype)
 
 
 class QKNorm(nn.Module):
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.query_norm = HeadNorm(head_dim)
-        self.key_norm = HeadNorm(head_dim)
+        self.query_norm, self.key_norm = HeadNorm(), HeadNorm()
 
     def forward(self, qkv_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split a fused projection into q, k, v [B, L, N, K]; q and k normalised."""
-        head_dim = len(self.query_norm.scale)
-        q_BLNK, k_BLNK, v_BLNK = qkv_BLD.unflatten(-1, (3, -1, head_dim)).unbind(2)
+        q_BLNK, k_BLNK, v_BLNK = qkv_BLD.unflatten(-1, (3, -1, HEAD_DIM)).unbind(2)
         return self.query_norm(q_BLNK), self.key_norm(k_BLNK), v_BLNK
 
 
@@ -156,7 +155,7 @@ class FluxAttention(nn.Module):
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         self.qkv = Linear(config.dim, 3 * config.dim)
-        self.norm = QKNorm(config.head_dim)
+        self.norm = QKNorm()
         self.proj = Linear(config.dim, config.dim)
 
 
@@ -222,7 +221,7 @@ class SingleBlock(nn.Module):
         self.split = (3 * config.dim, config.mlp_dim)
         self.modulation = Modulation(config.dim, 3)
         self.linear1 = Linear(config.dim, sum(self.split))
-        self.norm = QKNorm(config.head_dim)
+        self.norm = QKNorm()
         self.linear2 = Linear(config.dim + config.mlp_dim, config.dim)
         self.pre_norm = LayerNorm(config.dim, EPS, elementwise_affine=False)
 

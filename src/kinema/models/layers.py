@@ -1,4 +1,4 @@
-"""Layers of the Wan DiT: leaf Linear, norms, rotary positions, modulation by segment, plain attention.
+"""Layers that models share: leaf Linear, norms, rotary positions, modulation by segment, plain attention.
 
 Owns arithmetic and its dtypes. Knows nothing of variants, files, devices or schedules.
 
