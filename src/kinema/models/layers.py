@@ -58,11 +58,6 @@ HELD_AS = "held_as"
 """Attribute of a parameter that is left as its file stores it: the dtype it has where it is used."""
 
 
-def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Return all parameters and buffers of a module."""
-    return [*module.parameters(), *module.buffers()]
-
-
 class Linear(nn.Linear):
     """The leaf that quantisation and LoRA swap: casts its input to its weight's dtype and answers in it."""
 

@@ -14,7 +14,6 @@ from typing import Literal
 
 from torch import nn
 
-from kinema.models.layers import tensors_of
 from kinema.schema import Component, FileFacts
 from kinema.weights.keys import Translation, components_of, translate
 from kinema.weights.quantised.layers import packable
@@ -72,7 +71,7 @@ def components_in(path: Path | str | Sequence[Path]) -> tuple[Component, ...]:
 def _sizes(module: nn.Module, component: Component) -> tuple[tuple[int, ...], int]:
     """Return parameters of each block with what runs with it, and of the rest those that stay float32."""
     groups: list[list[nn.Module]] = module.block_groups() if hasattr(module, "block_groups") else []  # type: ignore[operator]
-    within = [{id(tensor): tensor for part in group for tensor in tensors_of(part)} for group in groups]
+    within = [{id(t): t for part in group for t in part.state_dict(keep_vars=True).values()} for group in groups]
     inside = {number for group in within for number in group}
     keeps = FLOAT32_KEYS.get(component, lambda _: False)
     outside = (
