@@ -19,7 +19,6 @@ from kinema.media.video import probe, read_metadata, read_video, write
 from kinema.pose.skeleton import draw
 from kinema.tensors import Media
 from onnx_files import body_points, person_detector, segmenter
-from tiny_flux import build_flux
 from tiny_world import TinyWorld
 
 FRAMES, EMPTY = 8, (2, 3)
@@ -167,16 +166,11 @@ def test_sam_2_is_two_files_for_one_mask(cli: Cli, clip: Path, networks: Path, r
         assert ran.code == 3 and "there is no sam2_hiera_tiny.decoder.onnx" in ran.err
 
 
-@pytest.fixture(scope="module")
-def kontext(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    return build_flux(tmp_path_factory.mktemp("flux"))
-
-
 def test_limbs_are_measured_in_pictures_in_a_neutral_pose(
-    cli: Cli, clip: Path, reference: Path, networks: Path, kontext: TinyWorld
+    cli: Cli, clip: Path, reference: Path, networks: Path, flux_world: TinyWorld
 ) -> None:
     words = ["drive", clip, "--reference", reference, "--size", "64x80", "--models-dir", networks, "--save", "driving"]
-    words += ["--models-dir", kontext.root, "--catalog", kontext.settings.catalogs[0], "--seed", "1"]
+    words += ["--models-dir", flux_world.root, "--catalog", flux_world.settings.catalogs[0], "--seed", "1"]
     ran = cli(*words, "--neutral", "tiny-kontext")
     assert ran.code == 0, ran.err
     made = {path.name for path in Path("driving").iterdir()}
@@ -205,14 +199,14 @@ def test_a_neutral_pose_is_refused_before_anything_is_read(
     clip: Path,
     reference: Path,
     networks: Path,
-    kontext: TinyWorld,
+    flux_world: TinyWorld,
     model: str,
     more: list[str],
     code: int,
     message: str,
 ) -> None:
     words = ["drive", clip, "--reference", reference, "--models-dir", networks, "--save", "y", "--neutral", model]
-    words += ["--models-dir", kontext.root, "--catalog", kontext.settings.catalogs[0]]
+    words += ["--models-dir", flux_world.root, "--catalog", flux_world.settings.catalogs[0]]
     ran = cli(*words, *more)
     assert ran.code == code and message in ran.err and not Path("y").exists(), ran.err
 

@@ -8,13 +8,7 @@ import pytest
 from PIL import Image
 
 from cli.conftest import Cli
-from tiny_flux import build_flux
 from tiny_world import TinyWorld, picture
-
-
-@pytest.fixture(scope="session")
-def flux_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    return build_flux(tmp_path_factory.mktemp("flux"))
 
 
 @pytest.fixture

@@ -8,15 +8,14 @@ import av
 import pytest
 
 from conftest import Cli
-from speech_world import build_speech, inputs
-from tiny_world import TinyWorld
+from kinema.schema import Settings
+from speech_world import inputs
 
 
 @pytest.fixture
-def speaking(cli: Cli, tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    settings = build_speech(tiny_world, tmp_path / "models")
-    monkeypatch.setenv("KINEMA_MODELS", ":".join(map(str, settings.models)))
-    monkeypatch.setenv("KINEMA_CATALOGS", ":".join(map(str, settings.catalogs)))
+def speaking(cli: Cli, speech_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    monkeypatch.setenv("KINEMA_MODELS", ":".join(map(str, speech_settings.models)))
+    monkeypatch.setenv("KINEMA_CATALOGS", ":".join(map(str, speech_settings.catalogs)))
     return cli
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -13,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import kinema
-from animate_world import build_animate, driving_video, masks, moving, replacement
+from animate_world import driving_video, masks, moving, replacement
 from checkpoints import official_state
 from kinema.engine import Engine
 from kinema.errors import RequestError
@@ -25,20 +24,14 @@ from kinema.planning.clips import back_and_forth, overlapping_clips
 from kinema.schema import Note, Plan, Request, Result, Settings
 from kinema.tensors import Media
 from lora_files import low_rank, write_lora
-from tiny_world import DITS, TinyWorld, picture
+from tiny_world import DITS, picture
 
 FRAMES = 20  # clips of 9 that overlap by 1: 0-8, 8-16, and 16-24 of which 17-19 are new
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return build_animate(tiny_world, tmp_path_factory.mktemp("animate"))
-
-
-@pytest.fixture(scope="module")
-def engine(settings: Settings) -> Iterator[Engine]:
-    with Engine(settings) as engine:
-        yield engine
+def settings(animate_settings: Settings) -> Settings:
+    return animate_settings
 
 
 @pytest.fixture(scope="module")

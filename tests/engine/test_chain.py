@@ -11,15 +11,13 @@ from kinema.engine import Engine
 from kinema.errors import Cancelled, RequestError
 from kinema.media.video import read_metadata
 from kinema.schema import Plan, Request, Result, Settings
-from tiny_flux import build_flux
 from tiny_world import TinyWorld
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory, tiny_world: TinyWorld) -> Settings:
+def both(tmp_path_factory: pytest.TempPathFactory, flux_world: TinyWorld, tiny_world: TinyWorld) -> Settings:
     """Small FLUX models beside small Wan models."""
-    flux = build_flux(tmp_path_factory.mktemp("flux")).settings
-    wan = tiny_world.settings
+    flux, wan = flux_world.settings, tiny_world.settings
     merged = tmp_path_factory.mktemp("catalog") / "flux.toml"
     text = flux.catalogs[0].read_text()
     merged.write_text(text)

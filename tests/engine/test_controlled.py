@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from kinema.engine import Engine
 from kinema.errors import RequestError
 from kinema.media.video import probe, read_metadata
 from kinema.schema import Plan, Request, Result
-from tiny_world import TinyWorld, film, picture
+from tiny_world import film, picture
 
 CONTROL, VIDEO, MASK = "control", "video", "mask"
 CASES = {
@@ -46,12 +45,6 @@ CASES = {
     "control 5B": ("tiny-control5", ("control", "first", "reference"), {}),
     "camera 5B": ("tiny-camera5", ("first",), {"camera": "dolly out"}),
 }
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_world: TinyWorld) -> Iterator[Engine]:
-    with Engine(tiny_world.settings) as engine:
-        yield engine
 
 
 @pytest.fixture

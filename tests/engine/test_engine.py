@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,12 +28,6 @@ MODELS = {
     "tiny-flf": ("first", "last"),
     "tiny-ti2v": ("first",),
 }
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_world: TinyWorld) -> Iterator[Engine]:
-    with Engine(tiny_world.settings) as engine:
-        yield engine
 
 
 @pytest.fixture

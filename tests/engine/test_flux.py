@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +12,15 @@ from PIL import Image
 from checkpoints import write
 from kinema.engine import Engine
 from kinema.errors import CatalogError, CheckpointError, KinemaError, RequestError
-from kinema.schema import Plan, Request, Result
+from kinema.schema import Plan, Request, Result, Settings
 from kinema.weights.keys_flux import PARTS
-from tiny_flux import autoencoder, build_flux, clip_text, transformer, transformers_t5
+from tiny_flux import autoencoder, clip_text, transformer, transformers_t5
 from tiny_world import TinyWorld, picture
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    return build_flux(tmp_path_factory.mktemp("flux"))
-
-
-@pytest.fixture(scope="module")
-def engine(world: TinyWorld) -> Iterator[Engine]:
-    with Engine(world.settings) as engine:
-        yield engine
+def settings(flux_world: TinyWorld) -> Settings:
+    return flux_world.settings
 
 
 def run(engine: Engine, save: Path, **fields: object) -> tuple[Plan, np.ndarray]:
@@ -141,7 +134,7 @@ def test_control_and_redux_images_count(engine: Engine, tmp_path: Path) -> None:
     assert {"tiny_siglip.safetensors", "tiny_redux.safetensors"} <= {path.name for path in plan.files}
 
 
-def test_an_all_in_one_file_makes_the_same_picture(engine: Engine, world: TinyWorld, tmp_path: Path) -> None:
+def test_an_all_in_one_file_makes_the_same_picture(engine: Engine, flux_world: TinyWorld, tmp_path: Path) -> None:
     parts = {
         "flux_dit": transformer("dev"),
         "flux_vae": autoencoder(),
@@ -151,7 +144,7 @@ def test_an_all_in_one_file_makes_the_same_picture(engine: Engine, world: TinyWo
     state = {PARTS[part] + name: tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
     path = write(tmp_path / "flux1-dev-all.safetensors", state)
     _, want = run(engine, tmp_path / "a.png", model="tiny-flux")
-    tokenizers = world.root / "text_encoders"
+    tokenizers = flux_world.root / "text_encoders"
     plan, got = run(
         engine,
         tmp_path / "b.png",
@@ -191,12 +184,12 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_means_nothing_is_refused_before_loading(
-    engine: Engine, world: TinyWorld, tmp_path: Path, name: str
+    engine: Engine, flux_world: TinyWorld, tmp_path: Path, name: str
 ) -> None:
     fields, kind, words = WRONG[name]
     picture(tmp_path / "image.png")
-    places = {"mask": tmp_path, "clip_tokenizer": tmp_path}
-    fields = {k: places.get(k, world.root) / v if isinstance(v, str) and k != "size" else v for k, v in fields.items()}
+    root, places = flux_world.root, {"mask": tmp_path, "clip_tokenizer": tmp_path}
+    fields = {k: places.get(k, root) / v if isinstance(v, str) and k != "size" else v for k, v in fields.items()}
     assert issubclass(kind, KinemaError)
     with pytest.raises(kind, match=words):
         engine.plan(
@@ -205,7 +198,7 @@ def test_what_means_nothing_is_refused_before_loading(
 
 
 @torch.no_grad()
-def test_a_pipeline_of_diffusers_makes_the_same_latents(engine: Engine, world: TinyWorld, tmp_path: Path) -> None:
+def test_a_pipeline_of_diffusers_makes_the_same_latents(engine: Engine, flux_world: TinyWorld, tmp_path: Path) -> None:
     """Prompt to latents, with the same noise: encoders, guidance, shift, positions and Euler together."""
     pytest.importorskip("diffusers")
     from safetensors.torch import load_file
@@ -215,5 +208,5 @@ def test_a_pipeline_of_diffusers_makes_the_same_latents(engine: Engine, world: T
     run(engine, tmp_path / "a.png", model="tiny-flux", steps=3, output="png,latents")
     (file,) = tmp_path.glob("*.safetensors")
     ours = load_file(file)["latents"][:, 0]
-    theirs = latents_of_diffusers(world.root, "a red cat", seed=3, steps=3, text_len=12, guidance=3.5)
+    theirs = latents_of_diffusers(flux_world.root, "a red cat", seed=3, steps=3, text_len=12, guidance=3.5)
     assert (ours - theirs).abs().max() < 2e-4 * theirs.abs().max()

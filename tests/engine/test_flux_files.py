@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -19,21 +19,15 @@ from kinema.errors import KinemaError
 from kinema.schema import Plan, Request, Result, Settings
 from kinema.weights.files import open_tensors
 from kinema.weights.keys_flux import PARTS
-from tiny_flux import autoencoder, build_flux, clip_text, transformer, transformers_t5
+from tiny_flux import autoencoder, clip_text, transformer, transformers_t5
 from tiny_world import TinyWorld, picture
 
 State = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    return build_flux(tmp_path_factory.mktemp("flux"))
-
-
-@pytest.fixture(scope="module")
-def engine(world: TinyWorld) -> Iterator[Engine]:
-    with Engine(world.settings) as engine:
-        yield engine
+def settings(flux_world: TinyWorld) -> Settings:
+    return flux_world.settings
 
 
 def latents(engine: Engine, folder: Path, **fields: object) -> tuple[Plan, Tensor]:
@@ -76,7 +70,7 @@ def write_gguf(path: Path, state: State, kind: str) -> State:
     return meant
 
 
-def test_fp8_bare_and_all_in_one(engine: Engine, world: TinyWorld, tmp_path: Path) -> None:
+def test_fp8_bare_and_all_in_one(engine: Engine, flux_world: TinyWorld, tmp_path: Path) -> None:
     stored, meant = halves(transformer("dev"), to_fp8)
     bare, plain = write(tmp_path / "bare.safetensors", stored), write(tmp_path / "plain.safetensors", meant)
     parts = {"flux_dit": stored, "flux_vae": autoencoder(), "t5": transformers_t5(), "clip_text": clip_text()}
@@ -88,7 +82,7 @@ def test_fp8_bare_and_all_in_one(engine: Engine, world: TinyWorld, tmp_path: Pat
     plan, got = latents(engine, tmp_path, dit=bare)
     assert plan.experts["model"].quantisation == "fp8_e4m3 plain"
     assert torch.equal(got, want)
-    folder = world.root / "text_encoders"
+    folder = flux_world.root / "text_encoders"
     tokenizers = {
         "tokenizer": folder / "google/t5-v1_1-xxl",
         "clip_tokenizer": folder / "openai/clip-vit-large-patch14",
@@ -97,7 +91,7 @@ def test_fp8_bare_and_all_in_one(engine: Engine, world: TinyWorld, tmp_path: Pat
     assert torch.equal(got, want)
 
 
-def test_an_all_in_one_file_is_found_by_the_model_s_name(world: TinyWorld, engine: Engine, tmp_path: Path) -> None:
+def test_an_all_in_one_file_is_found_by_the_model_s_name(flux_world: TinyWorld, engine: Engine, tmp_path: Path) -> None:
     """A models folder with nothing but the checkpoint and the two tokenizers."""
     parts = {
         "flux_dit": transformer("dev"),
@@ -109,10 +103,10 @@ def test_an_all_in_one_file_is_found_by_the_model_s_name(world: TinyWorld, engin
     root = tmp_path / "models"
     path = write(root / "checkpoints/all.safetensors", state)
     for name in ("google", "openai"):
-        shutil.copytree(world.root / "text_encoders" / name, root / "text_encoders" / name)
+        shutil.copytree(flux_world.root / "text_encoders" / name, root / "text_encoders" / name)
     catalog = tmp_path / "one.toml"
     (text,) = (
-        row for row in world.settings.catalogs[0].read_text().split("\n[models.") if row.startswith('"tiny-flux"')
+        row for row in flux_world.settings.catalogs[0].read_text().split("\n[models.") if row.startswith('"tiny-flux"')
     )
     row = text.replace("diffusion_models/flux_dev.safetensors", "checkpoints/all.safetensors")
     catalog.write_text("[models." + row.replace('"tiny-flux"', '"tiny-whole"'))
@@ -149,8 +143,8 @@ def t5_gguf_names(state: State) -> State:
     return renamed
 
 
-def test_t5_in_fp8_and_gguf(engine: Engine, world: TinyWorld, tmp_path: Path) -> None:
-    tokenizer = world.root / "text_encoders/google/t5-v1_1-xxl"
+def test_t5_in_fp8_and_gguf(engine: Engine, flux_world: TinyWorld, tmp_path: Path) -> None:
+    tokenizer = flux_world.root / "text_encoders/google/t5-v1_1-xxl"
     state = transformers_t5()
     rounded = {
         name: tensor.to(torch.float8_e4m3fn) if name.endswith((".q.weight", ".wo.weight")) else tensor
@@ -174,7 +168,7 @@ def test_t5_in_fp8_and_gguf(engine: Engine, world: TinyWorld, tmp_path: Path) ->
     assert torch.equal(got, want)
 
 
-def test_a_diffusers_folder(engine: Engine, world: TinyWorld, tmp_path: Path) -> None:
+def test_a_diffusers_folder(engine: Engine, flux_world: TinyWorld, tmp_path: Path) -> None:
     """FLUX's folders: text_encoder is CLIP, text_encoder_2 is T5, each with a tokenizer beside."""
     folder = tmp_path / "FLUX.1-dev"
     parts = {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
@@ -186,8 +180,8 @@ def test_a_diffusers_folder(engine: Engine, world: TinyWorld, tmp_path: Path) ->
     write(folder / "vae/diffusion_pytorch_model.safetensors", autoencoder())
     write(folder / "text_encoder/model.safetensors", clip_text())
     write(folder / "text_encoder_2/model.safetensors", transformers_t5())
-    shutil.copytree(world.root / "text_encoders/openai/clip-vit-large-patch14", folder / "tokenizer")
-    shutil.copytree(world.root / "text_encoders/google/t5-v1_1-xxl", folder / "tokenizer_2")
+    shutil.copytree(flux_world.root / "text_encoders/openai/clip-vit-large-patch14", folder / "tokenizer")
+    shutil.copytree(flux_world.root / "text_encoders/google/t5-v1_1-xxl", folder / "tokenizer_2")
     _, want = latents(engine, tmp_path)
     with pytest.raises(KinemaError, match="may be tiny-flux or tiny-kontext or tiny-redux"):
         latents(engine, tmp_path, model=str(folder))

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,12 +22,6 @@ from kinema.runtime.machine import is_out_of_memory
 from kinema.schema import Note, Progress, Request, Result
 from kinema.text_cache import TextCache
 from tiny_world import TinyWorld, picture
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_world: TinyWorld) -> Iterator[Engine]:
-    with Engine(tiny_world.settings) as engine:
-        yield engine
 
 
 def request(save: Path, model: str = "tiny-t2v", **fields: object) -> Request:

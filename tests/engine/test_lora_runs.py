@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,6 @@ from tiny_world import DITS, TinyWorld
 
 SHAPES = {name: tuple(tensor.shape) for name, tensor in official_state("dit", DITS["t2v"]).items()}
 LORA = low_rank(SHAPES)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_world: TinyWorld) -> Iterator[Engine]:
-    with Engine(tiny_world.settings) as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")

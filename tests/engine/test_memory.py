@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +20,6 @@ from lora_files import low_rank, write_lora
 from tiny_world import TinyWorld, picture
 
 MODELS = {"tiny-t2v": (), "tiny-t2v-two": (), "tiny-i2v-two": ("first",), "tiny-clip": ("first",), "tiny-ti2v": ()}
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_world: TinyWorld) -> Iterator[Engine]:
-    with Engine(tiny_world.settings) as engine:
-        yield engine
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,12 +19,6 @@ from tiny_world import TinyWorld, picture, spiece_model
 
 DITS = {"tiny-t2v-two": ("t2v", "t2v_high"), "tiny-flf": ("flf",)}
 """Model -> its files, the low-noise expert first."""
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_world: TinyWorld) -> Iterator[Engine]:
-    with Engine(tiny_world.settings) as engine:
-        yield engine
 
 
 def shards(folder: Path, state: State, name: str = "diffusion_pytorch_model") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +18,9 @@ from kinema.schema import Plan, Request, Result
 from kinema.tensors import Conditions
 from kinema.weights.detect import inspect
 from plan.world import file, files_of, plan
-from tiny_world import DIT, TinyWorld
+from tiny_world import DIT
 
 DIM, FREQ_DIM = TINY["motion_controller"]["dim"], TINY["motion_controller"]["freq_dim"]
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_world: TinyWorld) -> Iterator[Engine]:
-    with Engine(tiny_world.settings) as engine:
-        yield engine
 
 
 def ask(tmp_path: Path, **fields: object) -> Request:

@@ -14,10 +14,10 @@ from checkpoints import official_state
 from kinema.engine import Engine
 from kinema.models import layers, wan
 from kinema.models.adapters import speech
-from kinema.schema import Request, Result
+from kinema.schema import Request, Result, Settings
 from kinema.weights.lora import branches
 from lora_files import low_rank, write_lora
-from speech_world import build_speech, inputs
+from speech_world import inputs
 from tiny_world import DITS, TinyWorld, picture
 
 LACKING = (torch.float64, torch.complex128)
@@ -61,8 +61,8 @@ def test_runs_make_none(as_on_mps: None, tiny_world: TinyWorld, tmp_path: Path, 
     run(tiny_world.settings, model=model, precision=precision, save=tmp_path / "out.gif", **media, **frames)
 
 
-def test_speech_makes_none(as_on_mps: None, tiny_world: TinyWorld, tmp_path: Path) -> None:
-    run(build_speech(tiny_world, tmp_path), model="tiny-s2v", save=tmp_path / "out.gif", **inputs(tmp_path, 0.5))
+def test_speech_makes_none(as_on_mps: None, speech_settings: Settings, tmp_path: Path) -> None:
+    run(speech_settings, model="tiny-s2v", save=tmp_path / "out.gif", **inputs(tmp_path, 0.5))
 
 
 @pytest.mark.parametrize("mode", ["branch", "fuse"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import kinema.clips.speech
 import kinema.delivery
 import kinema.residents
-from animate_world import animation, build_animate
+from animate_world import animation
 from kinema.chain import plan_chain, run_chain
 from kinema.engine import Engine
 from kinema.errors import MachineError
@@ -31,20 +31,16 @@ from kinema.models.wan import WanDiT
 from kinema.models.wan_vae import WanVAE
 from kinema.runtime.blocks import Unit
 from kinema.schema import Request, Result, Settings
-from speech_world import build_speech
 from speech_world import inputs as speaking
-from tiny_flux import build_flux
 from tiny_world import TinyWorld, film, picture
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def settings(flux_world: TinyWorld, speech_settings: Settings, animate_settings: Settings) -> Settings:
     """Small models of every kind, in one place."""
-    flux = build_flux(tmp_path_factory.mktemp("flux")).settings
-    speech = build_speech(tiny_world, tmp_path_factory.mktemp("speech"))
-    animate = build_animate(tiny_world, tmp_path_factory.mktemp("animate"))
-    models = dict.fromkeys((*flux.models, *speech.models, *animate.models))
-    catalogs = dict.fromkeys((*flux.catalogs, *speech.catalogs, *animate.catalogs))
+    every = (flux_world.settings, speech_settings, animate_settings)
+    models = dict.fromkeys(path for one in every for path in one.models)
+    catalogs = dict.fromkeys(path for one in every for path in one.catalogs)
     return Settings(models=tuple(models), catalogs=tuple(catalogs))
 
 

@@ -20,12 +20,6 @@ from tiny_world import TinyWorld
 E4M3 = torch.float8_e4m3fn
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_world: TinyWorld) -> Any:
-    with Engine(tiny_world.settings) as engine:
-        yield engine
-
-
 def latents(engine: Engine, folder: Path, **fields: Any) -> tuple[Tensor, Result]:
     asked = {"model": "tiny-t2v", "prompt": "a cat walks", "seed": 3, "precision": "reference", "device": "cpu",
              "output": "latents", "save": folder / "out.safetensors", "overwrite": True, **fields}  # fmt: skip

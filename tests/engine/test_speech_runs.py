@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -19,21 +18,15 @@ from kinema.media.reader import read_video
 from kinema.media.video import read_metadata
 from kinema.schema import Note, Plan, Progress, Request, Result, Settings
 from sounds import clicks_in
-from speech_world import CLICKS, build_speech, inputs
+from speech_world import CLICKS, inputs
 from tiny_world import TinyWorld
 
 FRAMES = [5, 8, 8]  # 1.5 s are 24 frames in 3 clips of 8, of which the first 3 are left out
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return build_speech(tiny_world, tmp_path_factory.mktemp("speech"))
-
-
-@pytest.fixture(scope="module")
-def engine(settings: Settings) -> Iterator[Engine]:
-    with Engine(settings) as engine:
-        yield engine
+def settings(speech_settings: Settings) -> Settings:
+    return speech_settings
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ from kinema.media.speaking import speak
 from kinema.schema import Request, Settings
 from kinema.settings import configure
 from sounds import save_sound, tone_with_clicks
-from speech_world import build_speech, inputs
-from tiny_world import TinyWorld
+from speech_world import inputs
 
 
 class Server(ThreadingHTTPServer):
@@ -103,8 +102,8 @@ def test_the_key_comes_from_the_environment_and_is_not_shown():
 
 
 @pytest.fixture
-def settings(tiny_world: TinyWorld, tmp_path: Path) -> Settings:
-    return build_speech(tiny_world, tmp_path / "models").model_copy(update={"cache": tmp_path / "cache"})
+def settings(speech_settings: Settings, tmp_path: Path) -> Settings:
+    return speech_settings.model_copy(update={"cache": tmp_path / "cache"})
 
 
 def request(folder: Path, **fields: object) -> Request:
