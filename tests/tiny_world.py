@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ class TinyWorld:
         return self.root / name
 
 
+@cache
 def spiece_model(vocab: int = TINY["text_encoder"]["vocab"]) -> bytes:
     """Train a sentencepiece model on a few sentences; ids of pad, eos and unk as in umT5."""
     model = io.BytesIO()

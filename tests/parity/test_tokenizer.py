@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import cache
 
 import pytest
 import sentencepiece
@@ -56,6 +57,7 @@ SPECIAL_PROMPTS = [
 ]
 
 
+@cache
 def train(**ids: int) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
