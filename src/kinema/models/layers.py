@@ -91,6 +91,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), eps=self.eps) * self.weight.to(x.dtype)
 
 
+class CausalConv(nn.Module):
+    """Convolution over time that sees the past alone; before the start it sees the first value."""
+
+    def __init__(self, in_dim: int, out_dim: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(in_dim, out_dim, kernel_size=3, stride=stride)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        y_BCT: Tensor = self.conv(F.pad(x_BTC.transpose(1, 2), (2, 0), mode="replicate"))
+        return y_BCT.transpose(1, 2)
+
+
 def sdpa(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
     """Full attention by torch, the default of every model."""
     return F.scaled_dot_product_attention(q_BNLK, k_BNLK, v_BNLK)

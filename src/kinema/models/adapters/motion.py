@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kinema.models.layers import LayerNorm, Linear
+from kinema.models.layers import CausalConv, LayerNorm, Linear
 from kinema.models.wan_config import AnimateConfig
 
 FACES_AT_ONCE = 8
@@ -158,18 +158,6 @@ class MotionEncoder(nn.Module):
         return motion.unflatten(0, (batch, -1))
 
 
-class CausalConv(nn.Module):
-    """Convolution in time that sees no later frame; the first frame stands for those before it."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(in_channels, out_channels, kernel_size=3, stride=stride)
-
-    def forward(self, x_BCT: Tensor) -> Tensor:
-        y: Tensor = self.conv(F.pad(x_BCT, (2, 0), mode="replicate"))
-        return y
-
-
 class FaceEncoder(nn.Module):
     """Motion vectors to tokens [B, F, heads + 1, dim]: those of 4n+1 frames to n+1 latent frames."""
 
@@ -186,11 +174,11 @@ class FaceEncoder(nn.Module):
 
     def forward(self, motion_BTC: Tensor) -> Tensor:
         batch = motion_BTC.shape[0]
-        x = self.conv1_local(motion_BTC.transpose(1, 2)).unflatten(1, (self.heads, -1)).flatten(0, 1)
-        x = self.conv3(self._activate(self.conv2(self._activate(x))))
-        tokens = self.out_proj(self._activate(x).transpose(1, 2)).unflatten(0, (batch, self.heads)).transpose(1, 2)
+        x = self.conv1_local(motion_BTC).unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1)
+        x = self._activate(self.conv3(self._activate(self.conv2(self._activate(x)))))
+        tokens = self.out_proj(x).unflatten(0, (batch, self.heads)).transpose(1, 2)
         padding = self.padding_tokens.to(tokens.dtype).expand(batch, tokens.shape[1], 1, -1)
         return torch.cat([tokens, padding], dim=2)
 
-    def _activate(self, x_BCT: Tensor) -> Tensor:
-        return F.silu(self.norm(x_BCT.transpose(1, 2))).transpose(1, 2)
+    def _activate(self, x_BTC: Tensor) -> Tensor:
+        return F.silu(self.norm(x_BTC))

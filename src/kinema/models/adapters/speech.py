@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.models.adapters.adapter import Adapter
-from kinema.models.layers import LayerNorm, Linear, finest, map_once, rope_at, sinusoid
+from kinema.models.layers import CausalConv, LayerNorm, Linear, finest, map_once, rope_at, sinusoid
 from kinema.models.wan_blocks import Context, CrossAttention, KVCache, Stream
 from kinema.models.wan_config import PATCH, SpeechConfig, WanConfig
 from kinema.tensors import SpeechConditions
@@ -37,18 +37,6 @@ VIDEO, REFERENCE, MOTION = 0, 1, 2  # rows of trainable_cond_mask
 
 
 # --- sound -----------------------------------------------------------------------------------------
-
-
-class CausalConv(nn.Module):
-    """Convolution over time that sees the past alone; before the start it sees the first value."""
-
-    def __init__(self, in_dim: int, out_dim: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(in_dim, out_dim, kernel_size=3, stride=stride)
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        y_BCT: Tensor = self.conv(F.pad(x_BTC.transpose(1, 2), (2, 0), mode="replicate"))
-        return y_BCT.transpose(1, 2)
 
 
 class AudioTokens(nn.Module):
