@@ -185,6 +185,17 @@ def provide(model: CatalogEntry, store: Store, card: Card, *, with_loras: bool =
     return Provision(model, (*choice.offer.files, *shared, *extra), choice.mode, trial, tuple(notes))
 
 
+def provide_all(store: Store, card: Card, *, with_loras: bool = False) -> tuple[list[Provision], list[str]]:
+    """Return the best files of every model for a card, and a sentence for each of which they cannot be told."""
+    made, left = [], []
+    for model in store.published.values():
+        try:
+            made.append(provide(model, store, card, with_loras=with_loras))
+        except CatalogError as error:
+            left.append(f"{error.message}: {error.hint}")
+    return made, left
+
+
 def improvements(made: Provision, store: Store, card: Card, *, with_loras: bool = False) -> Iterator[str]:
     """Yield what the next larger card, more RAM or more disk would bring, where they bring something."""
     if made.model.size != trial_size(made.model):

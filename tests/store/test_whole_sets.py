@@ -20,7 +20,7 @@ from kinema.catalog.layouts import Layout, dit_layouts, header, load_layouts
 from kinema.catalog.pull import pull, wanted
 from kinema.errors import CatalogError, MachineError
 from kinema.planning import make_plan
-from kinema.provision import TIERS, Card, Provision, Trials, order, preset, provide, trial_request
+from kinema.provision import TIERS, Card, Provision, Trials, order, preset, provide, provide_all, trial_request
 from kinema.schema import CatalogEntry, Facts, FileFacts, Plan, Request, Settings
 from kinema.survey import survey
 from kinema.weights.detect import inspect
@@ -204,6 +204,9 @@ def test_a_model_of_the_user_is_planned_and_pulled_like_any_other(tmp_path: Path
     with pytest.raises(CatalogError, match="structure of its own"):
         provide(store.models["mine"], store, BIG)
     assert [file.name for file in order(("mine-Q8_0.gguf",), store, BIG).files] == ["mine-Q8_0.gguf"]
+    others = {name: store.models[name] for name in ("mine", "wan2.1-t2v-1.3b")}
+    plans, left = provide_all(replace(store, models=others), BIG)
+    assert [plan.model.name for plan in plans] == ["wan2.1-t2v-1.3b"] and left[0].startswith("mine has a structure")
 
 
 # --- `models plan` and `kinema plan` ----------------------------------------------------------------------

@@ -82,13 +82,15 @@ def plan(
 ) -> int:
     """Say which files to take for a card, and why; what they come to, and what more memory would bring."""
     from kinema.cli.store_pages import plan_page
-    from kinema.provision import improvements, provide
+    from kinema.provision import improvements, provide_all
 
     store, folders = _opened(call)
     card, made = _chosen(store, task, preset, loras, {"--vram": vram, "--ram": ram, "--disk": disk})
-    made = made or [provide(model, store, card, with_loras=loras) for model in store.published.values()]
+    made, left = (made, []) if made else provide_all(store, card, with_loras=loras)
     more = {one.model.name: tuple(improvements(one, store, card, with_loras=loras)) for one in made if not preset}
     with make_teller(call.json) as teller:
+        for sentence in left:
+            teller.say(sentence)
         teller.show(*plan_page(made, card, folders, more))
     return 0
 
