@@ -45,6 +45,15 @@ def test_every_field_is_a_flag_with_its_own_words(verb: str):
         assert made[name].group[0].name == GROUPS[str(field.json_schema_extra["group"])]
 
 
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "models"])
+def test_help_shows_every_flag(cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = cli(*name.split(), "--help").out
+    assert [
+        flag for flag in flag_names(parameters(COMMANDS[name].verb, COMMANDS[name].fields)) if flag not in shown
+    ] == []
+
+
 def test_the_documents_know_these_verbs_and_flags():
     assert set(COMMANDS) == VERBS
     flags = {flag for command in COMMANDS.values() for flag in flag_names(parameters(command.verb, command.fields))}

@@ -70,9 +70,12 @@ class Call:
     json: bool = False
 
 
-def option(help: str, name: str | None = None, group: Group | None = None) -> Parameter:
-    """Return how a flag or word of a verb's own is called and what it means; a switch has no --no- form."""
-    return Parameter(name=name, help=help, group=group, negative=(), show_default=False)
+def option(help: str, name: str | None = None, **more: Any) -> Parameter:
+    """Return how a flag or word of a verb's own is called and what it means; a switch has no --no- form.
+
+    more   such as its group, left out where it has none: with group=None it would not stand in --help.
+    """
+    return Parameter(name=name, help=help, negative=(), show_default=False, **more)
 
 
 def parameters(verb: Callable[..., Any], fields: Sequence[str]) -> list[inspect.Parameter]:
@@ -116,7 +119,7 @@ def _field_parameter(name: str) -> inspect.Parameter:
 
 def _shared_parameters() -> list[inspect.Parameter]:
     def shared(name: str, spelled: str, kind: Any, default: Any, help: str) -> inspect.Parameter:
-        more = option(help, spelled, _group("Settings"))
+        more = option(help, spelled, group=_group("Settings"))
         return inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, more]
         )
