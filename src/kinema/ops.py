@@ -170,9 +170,19 @@ def read_latents(path: Path) -> tuple[Tensor, Plan]:
 
 
 def preview_factors(plan: Plan) -> Tensor | None:
-    """Return the linear latent-to-RGB factors a VAE's file brings along, None to take the official ones."""
-    factors = open_tensors(plan.vae.files).metadata.get("preview_rgb")
-    return None if factors is None else torch.tensor(json.loads(factors))
+    """Return the linear latent-to-RGB factors a VAE's file brings along, None to take the official ones.
+
+    Raises CheckpointError for what is no table of numbers.
+    """
+    file = open_tensors(plan.vae.files)
+    if "preview_rgb" not in file.metadata:
+        return None
+    try:
+        return torch.tensor(json.loads(file.metadata["preview_rgb"]), dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file.path}: its metadata preview_rgb is no table of numbers", "leave --preview out", path=str(file.path)
+        ) from error
 
 
 def enlarged(frame_THWC: Tensor, height: int, width: int) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from kinema.errors import RequestError
+from kinema.errors import CheckpointError, RequestError
 from kinema.media.preview import LATENT_RGB, fit_preview, preview_rgb
+from kinema.ops import preview_factors
 
 
 def random_latents(channels: int, frames: int = 3) -> torch.Tensor:
@@ -38,3 +43,11 @@ def test_latents_without_factors_are_refused() -> None:
         preview_rgb(random_latents(5))
     with pytest.raises(RequestError, match="do not fit 16"):
         preview_rgb(random_latents(16), torch.zeros(16, 3))
+
+
+@pytest.mark.parametrize("text", ["[[1, 2", '{"a": 1}', '[["x"]]'])
+def test_broken_factors_inside_a_vae_are_named(tmp_path: Path, text: str) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "vae.safetensors", metadata={"preview_rgb": text})
+    plan = SimpleNamespace(vae=SimpleNamespace(files=(tmp_path / "vae.safetensors",)))
+    with pytest.raises(CheckpointError, match="preview_rgb is no table of numbers"):
+        preview_factors(plan)  # type: ignore[arg-type]

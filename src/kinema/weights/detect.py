@@ -55,7 +55,10 @@ def inspect(path: Path | str | Sequence[Path], component: Component | None = Non
         matrix_parameters=sum(leaf.weight.numel() for leaf in matrices),
         matrix_width=math.gcd(*(leaf.in_features for leaf in matrices)),
         structure=DESCRIBE[component](config),
-        ignored=tuple(_counted(pattern, names) for pattern, names in translation.ignored.items()),
+        ignored=tuple(
+            names[0] if len(names) == 1 else f"{pattern} ({len(names)} tensors)"
+            for pattern, names in translation.ignored.items()
+        ),
         has_tokenizer="spiece_model" in file or file.tokenizer is not None,
         name_suggests=name_suggests(file.path) if component == "dit" else None,
         blocks=blocks,
@@ -111,7 +114,3 @@ def _packed(translation: Translation, module: nn.Module) -> list[StoredPacked]:
             assert isinstance(tensor, StoredPacked)
             found.append(tensor)
     return found
-
-
-def _counted(pattern: str, names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{pattern} ({len(names)} tensors)"
