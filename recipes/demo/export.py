@@ -15,9 +15,9 @@ from pathlib import Path
 import loop
 import torch
 from make_latents import VAE, encode, load_vae
+from model import CHECKPOINT, Model
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from train_dit import CHECKPOINT, Model
 from train_vae import RUNS
 
 from kinema.media.preview import fit_preview

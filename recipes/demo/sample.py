@@ -17,7 +17,11 @@ import measure
 import numpy as np
 import torch
 import whole_clip
+from make_latents import VAE, load_vae
+from model import CHECKPOINT, Model
+from PIL import Image
 from torch import Tensor
+from train_vae import RUNS
 
 from kinema.models.encoders import UMT5, encode_prompts
 from kinema.models.tokenizer import Tokenizer
@@ -90,11 +94,6 @@ def prove(text: UMT5, dit: WanDiT, tokenizer: Tokenizer, vae: WanVAE, device: st
 
 
 def main(count: int, device: str, picture: Path) -> None:
-    from make_latents import VAE, load_vae
-    from PIL import Image
-    from train_dit import CHECKPOINT, Model
-    from train_vae import RUNS
-
     model = Model().to(device)
     model.load_state_dict(torch.load(CHECKPOINT, weights_only=True)["average"])
     tokenizer, vae = Tokenizer.from_path(RUNS / "spiece.model"), load_vae(VAE, device)

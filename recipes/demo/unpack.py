@@ -14,9 +14,9 @@ import json
 import loop
 from export import ASSETS
 from make_latents import STATISTICS, VAE
+from model import CHECKPOINT
 from safetensors import safe_open
 from torch import Tensor
-from train_dit import CHECKPOINT
 from train_vae import RUNS
 
 
