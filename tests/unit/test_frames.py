@@ -44,10 +44,12 @@ def test_bicubic_is_torchs_without_antialiasing(size):
         assert (got - smooth).abs().max() > 0.1, "antialiasing would go unnoticed"
 
 
-def test_lanczos_is_pillows():
+@pytest.mark.parametrize(("filter", "pillows"), [("lanczos", "LANCZOS"), ("antialiased", "BILINEAR")])
+def test_filters_that_are_pillows(filter, pillows):
     image = Image.fromarray(pixels().numpy())
-    got = resize(to_video_range(pixels()), 64, 32, "lanczos")
-    assert torch.allclose(got, video_range(image.resize((64, 32), Image.Resampling.LANCZOS)), atol=1e-6)
+    for size in ((64, 32), (16, 16)):
+        got = resize(to_video_range(pixels()), *size, filter)
+        assert torch.allclose(got, video_range(image.resize(size, Image.Resampling[pillows])), atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(64, 32), (32, 64), (40, 40), (53, 37), (20, 37), (160, 32)])

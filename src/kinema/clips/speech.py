@@ -117,7 +117,7 @@ class SpeechClips:
             self._pose_frames = read_video(self.speech.pose, fps=plan.fps, start=clip.start)
         self._pose_at = clip.start + clip.frames
         frames = islice(self._pose_frames, clip.frames)
-        given = [crop_to(to_video_range(frame), plan.width, plan.height, "bilinear") for frame in frames]
+        given = [crop_to(to_video_range(frame), plan.width, plan.height, "antialiased") for frame in frames]
         given += [torch.full((3, plan.height, plan.width), BLACK)] * (clip.frames - len(given))
         return torch.stack(given, dim=1)
 

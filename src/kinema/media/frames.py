@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-Filter = Literal["bicubic", "bilinear", "lanczos"]
+Filter = Literal["bicubic", "bilinear", "lanczos", "antialiased"]
+
+PILLOW_FILTERS = {"lanczos": Image.Resampling.LANCZOS, "antialiased": Image.Resampling.BILINEAR}
 
 
 def to_video_range(frame_HWC: Tensor) -> Tensor:
@@ -29,16 +31,16 @@ def to_uint8(frame_CHW: Tensor) -> Tensor:
 def resize(frame_CHW: Tensor, width: int, height: int, filter: Filter) -> Tensor:
     """Return the frame at width x height, float32; its aspect is not kept.
 
-    bicubic  torch's, on the CPU, without antialiasing and not clamped: what image to video models were trained with.
-    bilinear torch's, likewise: what VACE's references were trained with.
-    lanczos  Pillow's, on 8-bit pixels: what TI2V was trained with. The frame has to come from 8-bit pixels.
-    bilinear Pillow's likewise, which averages where it shrinks: what S2V was trained with.
+    bicubic      torch's, on the CPU, not antialiased and not clamped: what image to video models were trained with.
+    bilinear     torch's, likewise: what VACE's references were trained with.
+    lanczos      Pillow's, on 8-bit pixels: what TI2V was trained with. The frame has to come from 8-bit pixels.
+    antialiased  Pillow's bilinear, likewise, which averages where it shrinks: what S2V was trained with.
     Source: Wan-Video/Wan2.2 wan/image2video.py, wan/textimage2video.py, wan/speech2video.py (Apache-2.0).
     """
-    if filter != "lanczos":
+    if filter not in PILLOW_FILTERS:
         return F.interpolate(frame_CHW.cpu().float()[None], size=(height, width), mode=filter)[0]
     pixels_HWC = to_uint8(frame_CHW).cpu().numpy()
-    resized = Image.fromarray(pixels_HWC).resize((width, height), Image.Resampling[filter.upper()])
+    resized = Image.fromarray(pixels_HWC).resize((width, height), PILLOW_FILTERS[filter])
     return to_video_range(torch.from_numpy(np.array(resized)))
 
 

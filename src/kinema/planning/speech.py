@@ -219,7 +219,7 @@ def plan_reference(facts: Facts, size: tuple[int, int], notes: list[Note]) -> Im
         notes.append(Note(about="reference", text=f"{image.path.name} has {image.frames} frames; the first is taken"))
     if image.has_alpha:
         notes.append(Note(about="reference", text=f"{image.path.name} has transparency, which is dropped"))
-    return ImagePlan(role="reference", path=image.path, width=size[0], height=size[1], crop=True, filter="bilinear")
+    return ImagePlan(role="reference", path=image.path, width=size[0], height=size[1], crop=True, filter="antialiased")
 
 
 def note_mute_outputs(kinds: Sequence[OutputKind], notes: list[Note]) -> None:

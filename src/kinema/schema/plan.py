@@ -111,7 +111,7 @@ class ImagePlan(Frozen):
     height: int
     crop: bool
     pad: bool = False
-    filter: Literal["lanczos", "bicubic", "bilinear"]
+    filter: Literal["lanczos", "bicubic", "bilinear", "antialiased"]
     clip: bool = False
     frame: int | None = None
     from_video: bool = False
