@@ -39,11 +39,15 @@ class Voice(BaseHTTPRequestHandler):
         self.server.asked.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
         if body["input"] == "secret" and self.headers.get("Authorization") != "Bearer right":
             return self._answer(401, b'{"error": "wrong key"}')
-        self._answer(200, b"<html>not sound</html>" if body["voice"] == "broken" else self.server.sound)
+        missing = 100 if body["voice"] == "hoarse" else 0
+        self._answer(200, b"<html>not sound</html>" if body["voice"] == "broken" else self.server.sound, missing)
 
-    def _answer(self, code: int, body: bytes) -> None:
+    def _answer(self, code: int, body: bytes, missing: int = 0) -> None:
+        if self.server.asked[-1]["voice"] == "mute":
+            self.wfile.write(b"no protocol at all\r\n\r\n")
+            return
         self.send_response(code)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) + missing))
         self.end_headers()
         self.wfile.write(body)
 
@@ -92,6 +96,13 @@ def test_an_answer_that_is_no_sound_is_not_kept(server: Server, tmp_path: Path):
     with pytest.raises(RequestError, match=r"no sound.*not sound"):
         speak("hello", server.url, "broken", "tts-1", tmp_path / "kept")
     assert not list((tmp_path / "kept").iterdir())
+
+
+@pytest.mark.parametrize(("voice", "words"), [("hoarse", "breaks off, 100 bytes"), ("mute", "no protocol at all")])
+def test_an_answer_that_breaks_off_or_is_no_http_is_not_kept(server: Server, tmp_path: Path, voice: str, words: str):
+    with pytest.raises(RequestError, match=words):
+        speak("hello", server.url, voice, "tts-1", tmp_path)
+    assert not list(tmp_path.glob("speech-*"))
 
 
 def test_the_key_comes_from_the_environment_and_is_not_shown():

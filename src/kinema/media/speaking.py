@@ -9,6 +9,7 @@ import hashlib
 import json
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 from kinema.errors import RequestError
@@ -58,14 +59,17 @@ def _ask(address: str, said: str, key: str | None) -> bytes:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
             sound: bytes = answer.read(MOST_BYTES + 1)
+            missing = answer.length  # of the bytes it announced
     except urllib.error.HTTPError as error:
         words = error.read(500).decode("utf-8", "replace").strip()
         hint = " (KINEMA_SPEECH_KEY holds its key)" if error.code in (401, 403) else ""
         raise _refused(address, f"it answered {error.code} {error.reason}{hint}: {words}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise _refused(address, f"it cannot be reached: {getattr(error, 'reason', None) or error}") from error
     if len(sound) > MOST_BYTES:
         raise _refused(address, f"its answer is over {MOST_BYTES // 1_000_000} MB")
+    if missing:
+        raise _refused(address, f"its answer breaks off, {missing} bytes before its end")
     return sound
 
 
