@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tracemalloc
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +16,7 @@ from PIL import Image
 
 from kinema.errors import RequestError
 from kinema.media.probe import probe
-from kinema.media.reader import Picture, on_display, read_video
+from kinema.media.reader import Picture, image_files, on_display, read_video
 from kinema.media.video import write
 from kinema.planning.geometry import frames_shown
 from kinema.tensors import Media
@@ -177,6 +179,12 @@ def test_animated_webp_and_folders_of_images_are_videos(tmp_path: Path) -> None:
     assert greys(folder) == greys(folder, fps=16) == list(range(12)), "shot_10 comes after shot_9"
 
 
+def test_a_digit_that_is_no_number_is_a_letter_of_a_name(tmp_path: Path) -> None:
+    for name in ("1\u00b22.png", "1\u00b210.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert [path.name for path in image_files(tmp_path)] == ["1\u00b22.png", "1\u00b210.png"]
+
+
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RequestError, match="no image"):
@@ -211,3 +219,34 @@ def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0] + 10 * WIDTH * HEIGHT * 3
+
+
+PROBED = """
+import sys
+from pathlib import Path
+from kinema.media.probe import probe
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+small, large = map(Path, sys.argv[1:])
+probe(small)
+before = peak()
+assert probe(large).frames == 48
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+def test_a_file_is_probed_without_being_held(tmp_path: Path) -> None:
+    for count in (2, 48):
+        with av.open(str(tmp_path / f"{count}.mkv"), "w") as container:
+            stream = container.add_stream("rawvideo", rate=24)
+            stream.width, stream.height, stream.pix_fmt = 1024, 1024, "yuv420p"
+            for index in range(count):
+                frame = av.VideoFrame(1024, 1024, "yuv420p")
+                frame.pts = index
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    assert (size := (tmp_path / "48.mkv").stat().st_size) > 70_000_000
+    command = [sys.executable, "-c", PROBED, str(tmp_path / "2.mkv"), str(tmp_path / "48.mkv")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert int(done.stdout) < size / 3, done.stderr

@@ -57,25 +57,29 @@ def _timing(path: Path) -> dict[str, object]:
         stream = video_stream(container)
         assert stream is not None, "the caller found it"
         tick = stream.time_base or Fraction(1, 1000)
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        whole = sum(not packet.is_corrupt for packet in packets)
+        whole = 0
+        packets = []
+        for packet in container.demux(stream):
+            if packet.size:  # of a film, packets themselves would fill the memory
+                whole += not packet.is_corrupt
+                packets.append((packet.pts, packet.duration, packet.is_discard))
         if whole < stream.frames:
             raise unreadable(path, f"it breaks off after {whole} of its {stream.frames} frames")
         # A comment at the end of a GIF looks like one packet more; what an edit list hides is not shown.
-        packets = [packet for packet in packets[: stream.frames or None] if not packet.is_discard]
-        stated, last = stream.average_rate, max(packets, key=lambda packet: packet.pts or 0)
-        times = sorted(packet.pts * tick for packet in packets if packet.pts is not None)
+        shown = [(pts, duration) for pts, duration, hidden in packets[: stream.frames or None] if not hidden]
+        stated, (_, last) = stream.average_rate, max(shown, key=lambda packet: packet[0] or 0)
+        times = sorted(pts * tick for pts, _ in shown if pts is not None)
     if not times or (len(times) == 1 and not stated):
-        return {"frames": len(packets), "fps": float(stated) if stated else None}
+        return {"frames": len(shown), "fps": float(stated) if stated else None}
     mean = (times[-1] - times[0]) / max(len(times) - 1, 1)
     usual = mean or 1 / (stated or Fraction(25))
-    length = last.duration * tick if last.duration else usual
+    length = last * tick if last else usual
     seconds = times[-1] - times[0] + length - min(length / 4, tick)
     steps = [after - before for before, after in pairwise(times)]
     varies = bool(steps) and max(steps) - min(steps) > max(2 * tick, mean / 10)
     # A constant rate is what the container states, not what its rounded times give.
     fps = 1 / usual if varies or not stated or abs(stated * usual - 1) > Fraction(1, 100) else stated
-    return {"frames": len(packets), "fps": float(fps), "seconds": float(seconds), "variable_rate": varies}
+    return {"frames": len(shown), "fps": float(fps), "seconds": float(seconds), "variable_rate": varies}
 
 
 def _webp_facts(path: Path) -> MediaFacts:

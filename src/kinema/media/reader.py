@@ -165,7 +165,7 @@ def image_files(folder: Path) -> list[Path]:
     images = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise unreadable(folder, f"the folder holds no image ({', '.join(IMAGE_SUFFIXES)})")
-    return sorted(images, key=lambda file: [int(n) if n.isdigit() else n for n in re.split(r"(\d+)", file.name)])
+    return sorted(images, key=lambda file: [int(n) if n.isdecimal() else n for n in re.split(r"(\d+)", file.name)])
 
 
 def is_webp(path: Path) -> bool:
