@@ -140,7 +140,6 @@ def _save(kind: ControlKind, video: Path, request: Request) -> Path:
         raise RequestError(f"{save} exists already", hint, field="save", got=str(save))
     if save.resolve() == video.resolve():
         raise RequestError(f"save {save} is the clip itself", "pass another --save", field="save", got=str(save))
-    save.parent.mkdir(parents=True, exist_ok=True)
     return save
 
 

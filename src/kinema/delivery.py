@@ -32,7 +32,6 @@ def write_frames(run: Run, frames: Iterable[Tensor | Event], paths: Mapping[Outp
     metadata = {} if plan.output.strip else {PLAN_KEY: plan.model_dump_json(exclude_none=True)}
 
     def write_one(path: Path, kind: OutputKind, chunks: Iterator[Tensor]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         media = Media(chunks, plan.frames, plan.width, plan.height, plan.fps, metadata, plan.sound)
         write(media, path, kind, plan.output.quality)
 
@@ -55,7 +54,6 @@ def write_frames(run: Run, frames: Iterable[Tensor | Event], paths: Mapping[Outp
 
 def write_preview(plan: Plan, path: Path, index: int, latents_CFhw: Tensor, factors: Tensor | None) -> Preview:
     """Write a picture of the middle frame as it is after step `index`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     middle = latents_CFhw.shape[1] // 2
     frame = preview_rgb(latents_CFhw[:, middle : middle + 1].cpu(), factors)
     media = Media(iter([ops.enlarged(frame, plan.height, plan.width)]), 1, plan.width, plan.height, plan.fps, {})

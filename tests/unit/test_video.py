@@ -245,12 +245,14 @@ def test_what_a_kind_cannot_hold_is_refused_before_any_frame_is_asked_for(kind, 
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_folder_that_is_missing_or_a_file_is_an_output_error(kind, tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "missing" / "out", tmp_path / "file" / "out"):
-        with pytest.raises(OutputError) as caught:
-            write(media(chunks=never()), path, kind)
-        assert caught.value.details["path"] == str(path) and str(path.parent) in caught.value.hint
+def test_a_folder_that_is_missing_is_made_and_one_that_is_a_file_is_an_output_error(kind, tmp_path):
+    write(media(clip(2)), tmp_path / "missing" / "out", kind)
+    assert len(decoded(tmp_path / "missing" / "out", kind)) == 2
+    path = tmp_path / "file" / "out"
+    path.parent.write_text("")
+    with pytest.raises(OutputError) as caught:
+        write(media(chunks=never()), path, kind)
+    assert caught.value.details["path"] == str(path) and str(path.parent) in caught.value.hint
 
 
 @pytest.mark.parametrize("kind", WRITERS)

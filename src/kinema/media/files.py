@@ -23,8 +23,12 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} could not be written: {error.strerror or error}",
-            f"check that {path.parent} exists, can be written to and has room",
-            path=str(path),
-        ) from error
+        raise unwritable(path, error.strerror or error) from error
+
+
+def unwritable(path: Path, why: object) -> OutputError:
+    return OutputError(
+        f"{path} could not be written: {why}",
+        f"check that {path.parent} exists, can be written to and has room",
+        path=str(path),
+    )

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kinema.errors import NumericsError, OutputError, RequestError
 from kinema.media.audio import SoundTrack
+from kinema.media.files import unwritable
 from kinema.media.metadata import add_gif_comment, pack, png_text, read_metadata, webp_exif
 from kinema.media.probe import probe
 from kinema.media.reader import read_video
@@ -48,7 +49,7 @@ LIMITED_RANGE = 1
 
 
 def write(media: Media, path: Path, kind: OutputKind, quality: int = 80) -> None:
-    """Write `media` to `path` and embed its metadata; {} embeds nothing.
+    """Write `media` to `path`, its folder made where it is missing, and embed its metadata; {} embeds nothing.
 
     kind     mp4 (H.264, yuv420p, bt709, index in front), webm (VP9), gif (256 colours chosen per frame,
              whatever the quality), webp (animated), png (one file for one frame; else `path` is a folder of
@@ -68,6 +69,7 @@ def write(media: Media, path: Path, kind: OutputKind, quality: int = 80) -> None
     folder = kind == "png" and media.frames > 1
     temporary = path.parent / f".{secrets.token_hex(6)}.partial"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         _refuse_other_work(path, folder)
         temporary.mkdir() if folder else temporary.touch()
         WRITERS[kind](iter(frames), media, temporary, quality)
@@ -78,11 +80,7 @@ def write(media: Media, path: Path, kind: OutputKind, quality: int = 80) -> None
     except BaseException as error:
         _remove(temporary)
         if isinstance(error, OSError | av.FFmpegError) and error is not frames.failure:
-            raise OutputError(
-                f"{path} could not be written: {error.strerror or error}",
-                f"check that {path.parent} exists, can be written to and has room",
-                path=str(path),
-            ) from error
+            raise unwritable(path, error.strerror or error) from error
         raise
 
 
