@@ -16,7 +16,7 @@ from kinema.errors import CatalogError, RequestError
 from kinema.media import control as pictures
 from kinema.media.background import BackgroundWriter
 from kinema.media.frames import crop_to, to_uint8, to_video_range
-from kinema.media.probe import probe
+from kinema.media.probe import check_frames, video_facts
 from kinema.media.reader import read_video
 from kinema.media.video import write
 from kinema.planning.geometry import frames_shown, size_by_area
@@ -76,15 +76,15 @@ def make_control(
     models   folders to look for the depth model in.
 
     Frames stream through: memory does not grow with the length.
-    Raises RequestError for a clip that cannot be read and for what cannot be written, CatalogError without a depth
-    model.
+    Raises RequestError for a clip that cannot be read or has fewer frames than are asked for, and for what cannot be
+    written, CatalogError without a depth model.
     """
-    facts = _facts(video)
+    facts = video_facts(video)
     save = _save(kind, video, request)
     picture = KINDS[kind](options, request.device or "cpu", models)
     fps = request.fps or facts.fps or 16.0
     shown = frames_shown(facts, fps) if request.fps else facts.frames
-    frames = min(shown, request.frames or shown)
+    frames = check_frames(facts, shown, fps, request.frames)
     width, height = _size(request, facts)
     made = {"kind": kind, "video": video.name, **options.model_dump(mode="json", exclude_none=True)}
 
@@ -109,15 +109,6 @@ def make_control(
                 got=str(video),
             )
     return save
-
-
-def _facts(video: Path) -> MediaFacts:
-    if not video.exists():
-        raise RequestError(f"{video}: no such file", "pass a video", field="video", got=str(video))
-    facts = probe(video)
-    if facts.kind != "video":
-        raise RequestError(f"{video} is sound alone", "pass a video", field="video", got=str(video))
-    return facts
 
 
 def _size(request: Request, facts: MediaFacts) -> tuple[int, int]:

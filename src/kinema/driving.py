@@ -21,7 +21,7 @@ from kinema.errors import RequestError
 from kinema.media.background import BackgroundWriter
 from kinema.media.image import read_image
 from kinema.media.pixels import fit_pixels
-from kinema.media.probe import probe
+from kinema.media.probe import check_frames, probe, video_facts
 from kinema.media.reader import read_video
 from kinema.media.video import write
 from kinema.neutral import EDITING, NeutralPoses
@@ -95,7 +95,7 @@ def make_driving(
     folder = request.save or Path(f"{video.stem}-driving")
     outputs = _outputs(folder, options, request.overwrite)
     fps = request.fps or FPS
-    frames = _frames(facts, request, fps)
+    frames = check_frames(facts, frames_shown(facts, fps), fps, request.frames)
     area = _area(request)
     size = size_within(facts.width, facts.height, area) if options.replace else (facts.width, facts.height)
     clip = Clip(video, fps, frames, size)
@@ -287,11 +287,7 @@ class _FaceCrops:
 
 def _checked(video: Path, request: Request, options: DriveOptions) -> tuple[MediaFacts, Tensor | None]:
     """Facts of the video and, for animation, the reference's pixels."""
-    if not video.exists():
-        raise RequestError(f"{video}: no such file", "pass a video", field="video", got=str(video))
-    facts = probe(video)
-    if facts.kind != "video":
-        raise RequestError(f"{video} is sound alone", "pass a video", field="video", got=str(video))
+    facts = video_facts(video)
     for field, value in (("mask", request.mask), ("sam2", options.sam2)):
         if value and not options.replace:
             raise RequestError(
@@ -346,19 +342,6 @@ def _checked(video: Path, request: Request, options: DriveOptions) -> tuple[Medi
             allowed=1,
         )
     return facts, read_image(request.reference[0])[0]
-
-
-def _frames(facts: MediaFacts, request: Request, fps: float) -> int:
-    shown = frames_shown(facts, fps)
-    if (request.frames or 0) > shown:
-        raise RequestError(
-            f"frames {request.frames}: {facts.path.name} shows {shown} at {fps:g} fps",
-            f"pass --frames {shown} or less, or a longer video",
-            field="frames",
-            got=request.frames,
-            nearest=shown,
-        )
-    return request.frames or shown
 
 
 def _area(request: Request) -> int:

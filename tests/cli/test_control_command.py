@@ -88,6 +88,7 @@ def test_depth_from_python_and_the_command_line(cli: Cli, clip: Path, tmp_path: 
         ("canny CLIP --save a.mov", 2, ("ends in .mov", "a.mp4")),
         ("canny CLIP --save a.mp4 --size 33x33", 2, ("33x33", "even")),
         ("canny CLIP --save ../clip.mp4/a.mp4", 8, ("clip.mp4/a.mp4 could not be written",)),
+        ("canny CLIP --frames 8", 2, ("frames 8: clip.mp4 shows 7 at 12 fps", "--frames 7")),
         ("canny CLIP --low 300", 2, ("low 300 and high 200",)),
         ("scribble CLIP --threshold 0", 2, ("threshold 0",)),
         ("depth CLIP", 3, ("Depth Anything V2", "--weights FOLDER")),

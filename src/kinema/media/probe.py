@@ -10,6 +10,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from kinema.errors import RequestError
 from kinema.media.image import image_facts
 from kinema.media.reader import decoded, display_size, image_files, is_webp, stored_frames, unreadable, video_stream
 from kinema.schema import MediaFacts
@@ -40,6 +41,35 @@ def probe(path: Path) -> MediaFacts:
         return facts.model_copy(update=_timing(path))
     except (OSError, av.FFmpegError, StopIteration, EOFError) as error:
         raise unreadable(path, getattr(error, "strerror", None) or str(error) or "it has no frames") from error
+
+
+def video_facts(video: Path) -> MediaFacts:
+    """Return what `probe` does of a file whose frames are wanted.
+
+    Raises RequestError as `probe` does, and for sound alone.
+    """
+    if not video.exists():
+        raise RequestError(f"{video}: no such file", "pass a video", field="video", got=str(video))
+    facts = probe(video)
+    if facts.kind != "video":
+        raise RequestError(f"{video} is sound alone", "pass a video", field="video", got=str(video))
+    return facts
+
+
+def check_frames(facts: MediaFacts, shown: int, fps: float, asked: int | None) -> int:
+    """Return how many frames to read of a video that shows `shown` at `fps`: those asked for, or all of them.
+
+    Raises RequestError for more than it shows.
+    """
+    if (asked or 0) > shown:
+        raise RequestError(
+            f"frames {asked}: {facts.path.name} shows {shown} at {fps:g} fps",
+            f"pass --frames {shown} or less, or a longer video",
+            field="frames",
+            got=asked,
+            nearest=shown,
+        )
+    return asked or shown
 
 
 def _sound_facts(path: Path, container: av.container.InputContainer) -> MediaFacts:
