@@ -93,13 +93,16 @@ def make_driving(
     """
     facts, reference = _checked(video, request, options)
     folder = request.save or Path(f"{video.stem}-driving")
-    outputs = _outputs(folder, options, request.overwrite)
+    outputs = _outputs(video, request, options, folder)
     fps = request.fps or FPS
     frames = check_frames(facts, frames_shown(facts, fps), fps, request.frames)
     area = _area(request)
     size = size_within(facts.width, facts.height, area) if options.replace else (facts.width, facts.height)
     clip = Clip(video, fps, frames, size)
     reader = find_reader(options.detector, options.points, request.device or "cpu", settings.models)
+    if request.device not in (None, "cpu") and reader.runs_on == "cpu":
+        text = f"read on the CPU: onnxruntime as it is installed does not know {request.device}"
+        yield Note(about="pose", text=text)
     outline, said = _outline(clip, request, options, settings.models)
     neutral = NeutralPoses(options.neutral, request, settings, folder, size) if options.neutral else None
     _make(folder)
@@ -351,11 +354,16 @@ def _area(request: Request) -> int:
     return int(width) * int(height)
 
 
-def _outputs(folder: Path, options: DriveOptions, overwrite: bool) -> dict[str, Path]:
+def _outputs(video: Path, request: Request, options: DriveOptions, folder: Path) -> dict[str, Path]:
+    inputs = {path.resolve() for path in (video, request.mask, *request.reference) if path}
     roles = ("pose", "face", "mask", "background") if options.replace else ("pose", "face")
     outputs = {role: folder / f"{role}.mp4" for role in roles}
     for path in (*outputs.values(), *([folder / "driver.png"] if options.neutral else [])):
-        if path.exists() and not overwrite:
+        if path.resolve() in inputs:
+            raise RequestError(
+                f"{path} is read, and would be written over", "pass another --save", field="save", got=str(path)
+            )
+        if path.exists() and not request.overwrite:
             raise RequestError(
                 f"{path} exists already",
                 "pass another --save, or --overwrite to replace it",

@@ -253,6 +253,19 @@ def test_what_cannot_mean_anything(cli: Cli, clip: Path, reference: Path, networ
     assert ran.code == 2 and "cut into one cell or more" in ran.err
     ran = cli("drive", clip, "--models-dir", networks, "--replace", "--frames", "9")
     assert ran.code == 2 and "shows 8 at 30 fps" in ran.err
+    words = ["drive", clip, "--replace", "--models-dir", networks, "--save", "made", "--overwrite"]
+    Path("made").mkdir()
+    mask = Path("made/mask.mp4")
+    mask.write_bytes(clip.read_bytes())
+    ran = cli(*words, "--mask", mask)
+    assert ran.code == 2 and "mask.mp4 is read, and would be written over" in ran.err
+    assert mask.read_bytes() == clip.read_bytes()
+
+
+def test_a_device_that_onnxruntime_does_not_know_is_told(cli: Cli, clip: Path, networks: Path) -> None:
+    words = ["drive", clip, "--replace", "--models-dir", networks, "--size", "96x64", "--save", "x"]
+    ran = cli(*words, "--device", "mps")
+    assert ran.code == 0 and "read on the CPU: onnxruntime as it is installed does not know mps" in ran.err, ran.err
 
 
 @pytest.mark.parametrize(
