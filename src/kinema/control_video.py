@@ -15,7 +15,7 @@ from torch import Tensor
 from kinema.errors import CatalogError, RequestError
 from kinema.media import control as pictures
 from kinema.media.background import BackgroundWriter
-from kinema.media.frames import crop_to, to_uint8, to_video_range
+from kinema.media.pixels import fit_pixels
 from kinema.media.probe import check_frames, video_facts
 from kinema.media.reader import read_video
 from kinema.media.video import write
@@ -96,9 +96,7 @@ def make_control(
     done = 0
     with BackgroundWriter(write_all) as writer:
         for frame_HWC in read_video(video, fps=request.fps, frames=frames):
-            if frame_HWC.shape[:2] != (height, width):
-                frame_HWC = to_uint8(crop_to(to_video_range(frame_HWC), width, height, "bicubic"))
-            writer.add(picture(frame_HWC)[None])
+            writer.add(picture(fit_pixels(frame_HWC, width, height, "crop"))[None])
             done += 1
             yield Progress(stage=kind, done=done, total=frames)
         if done < frames:

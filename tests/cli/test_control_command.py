@@ -78,6 +78,15 @@ def test_depth_from_python_and_the_command_line(cli: Cli, clip: Path, tmp_path: 
     assert torch.equal(a, b) and torch.equal(a, c)
 
 
+def test_what_is_too_fine_for_a_smaller_size_leaves_no_edges(cli: Cli, tmp_path: Path) -> None:
+    """Stripes three pixels apart, of which only some would be met without averaging."""
+    stripes = np.zeros((300, 300, 3), np.uint8)
+    stripes[:, ::3] = 255
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    assert cli("control", "canny", tmp_path / "stripes.png", "--size", "96x96", "--save", "a.png").code == 0
+    assert not np.array(Image.open("a.png")).any()
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
