@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kinema import ops
 from kinema.clips.loop import Branches
-from kinema.media.frames import to_video_range
+from kinema.media.frames import in_fours, to_video_range
 from kinema.media.image import read_image
 from kinema.media.pixels import fit_pixels
 from kinema.media.reader import read_video
@@ -77,9 +77,9 @@ class DrivingVideos:
 
     def _read(self, role: str, numbers: Sequence[int]) -> list[Tensor]:
         video = self._videos[role]
-        frames = dict(zip(numbers, self._windows[role].take(numbers), strict=True))
-        fitted = {number: fit_pixels(frame, video.width, video.height, "crop") for number, frame in frames.items()}
-        return [fitted[number] for number in numbers]
+        return [
+            fit_pixels(frame_HWC, video.width, video.height, "crop") for frame_HWC in self._windows[role].take(numbers)
+        ]
 
 
 def _frames(video: VideoPlan) -> Iterator[Tensor]:
@@ -111,9 +111,7 @@ def clip_channels(
     if driving.person_THW is not None:
         keep_Thw = 1 - F.interpolate(driving.person_THW[:, None], size, mode="nearest")[:, 0]
     keep_Thw[:overlap] = 1
-    # Four frames are the channels of a latent one; the first has a latent frame of its own.
-    mask_CFhw = torch.cat([keep_Thw[:1].expand(3, -1, -1), keep_Thw]).unflatten(0, (-1, 4)).transpose(0, 1)
-    return torch.cat([mask_CFhw[None].to(latents_BCFhw), latents_BCFhw], dim=1)
+    return torch.cat([in_fours(keep_Thw)[None].to(latents_BCFhw), latents_BCFhw], dim=1)
 
 
 def branches_of(

@@ -23,11 +23,6 @@ def to_video_range(frame_HWC: Tensor) -> Tensor:
     return frame_HWC.permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
 
 
-def to_uint8(frame_CHW: Tensor) -> Tensor:
-    """Return frame_HWC uint8 of pixels in [-1, 1]; what lies outside, as bicubic resizing may, is clipped."""
-    return frame_CHW.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0)
-
-
 def resize(frame_CHW: Tensor, width: int, height: int, filter: Filter) -> Tensor:
     """Return the frame at width x height, float32; its aspect is not kept.
 
@@ -39,8 +34,8 @@ def resize(frame_CHW: Tensor, width: int, height: int, filter: Filter) -> Tensor
     """
     if filter not in PILLOW_FILTERS:
         return F.interpolate(frame_CHW.cpu().float()[None], size=(height, width), mode=filter)[0]
-    pixels_HWC = to_uint8(frame_CHW).cpu().numpy()
-    resized = Image.fromarray(pixels_HWC).resize((width, height), PILLOW_FILTERS[filter])
+    pixels_HWC = frame_CHW.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0)
+    resized = Image.fromarray(pixels_HWC.cpu().numpy()).resize((width, height), PILLOW_FILTERS[filter])
     return to_video_range(torch.from_numpy(np.array(resized)))
 
 
@@ -71,17 +66,22 @@ def fit_inside(frame_CHW: Tensor, width: int, height: int, filter: Filter, fill:
 
 
 def pack_mask(known_1THW: Tensor, h: int, w: int) -> Tensor:
-    """Return mask_CFhw, [4, (T - 1) / 4 + 1, h, w], of a mask at pixel size, 1 where it is known.
+    """Return mask_CFhw as `in_fours` does, of a mask at pixel size, 1 where it is known, scaled bilinearly.
 
-    The four channels are the four pixel frames behind a latent frame; of the first latent frame, which has only one,
-    that one four times over. Each is brought to the latent's size bilinearly.
     Source: Wan-Video/Wan2.2 wan/image2video.py, Wan-Video/Wan2.1 wan/first_last_frame2video.py, and of the size
     aigc-apps/VideoX-Fun videox_fun/pipeline/pipeline_wan_fun_inpaint.py resize_mask (Apache-2.0).
     """
-    frames = known_1THW.shape[1]
-    assert frames % 4 == 1, "the plan makes frames 4n+1"
-    small_Thw = F.interpolate(known_1THW.float(), size=(h, w), mode="bilinear")[0]
-    return torch.cat([small_Thw[:1].expand(3, -1, -1), small_Thw]).unflatten(0, (-1, 4)).transpose(0, 1)
+    return in_fours(F.interpolate(known_1THW.float(), size=(h, w), mode="bilinear")[0])
+
+
+def in_fours(mask_Thw: Tensor) -> Tensor:
+    """Return mask_CFhw, [4, (T - 1) / 4 + 1, h, w], of a mask at the latent's size.
+
+    The four channels are the four pixel frames behind a latent frame; of the first latent frame, which has only one,
+    that one four times over.
+    """
+    assert len(mask_Thw) % 4 == 1, "the plan makes frames 4n+1"
+    return torch.cat([mask_Thw[:1].expand(3, -1, -1), mask_Thw]).unflatten(0, (-1, 4)).transpose(0, 1)
 
 
 def unshuffle_mask(mask_1THW: Tensor, stride: int) -> Tensor:
