@@ -12,10 +12,10 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kinema import ops
-from kinema.clips.loop import Branches
+from kinema.clips.loop import Branches, Models
 from kinema.media.frames import in_fours, to_video_range
 from kinema.media.image import read_image
 from kinema.media.pixels import fit_pixels
@@ -25,7 +25,7 @@ from kinema.models.encoders import ClipVision
 from kinema.models.wan_vae import WanVAE
 from kinema.planning.clips import back_and_forth
 from kinema.sampling.denoiser import Branch, noise
-from kinema.schema import ClipPlan, ModelRef, Note, Plan, VideoPlan
+from kinema.schema import ClipPlan, Note, Plan, VideoPlan
 from kinema.tensors import AnimateConditions, Conditions
 
 EMPTY = 0.1
@@ -92,9 +92,7 @@ def reference_channels(vae: WanVAE, reference_CHW: Tensor, tile: int | None = No
     return torch.cat([torch.ones_like(latents_BCFhw[:, :4]), latents_BCFhw], dim=1)
 
 
-def clip_channels(
-    vae: WanVAE, driving: Driving, before_CTHW: Tensor | None, chunk: int = 1, tile: int | None = None
-) -> Tensor:
+def clip_channels(vae: WanVAE, driving: Driving, before_CTHW: Tensor | None, chunk: int, tile: int | None) -> Tensor:
     """Return mask4 + latents, [1, 4 + z, F, h, w], of what of a clip is given: the scene and the frames before it.
 
     before_CTHW   the last frames of the clip before, in [-1, 1], that this one begins with; None for the first clip.
@@ -114,20 +112,6 @@ def clip_channels(
     return torch.cat([in_fours(keep_Thw)[None].to(latents_BCFhw), latents_BCFhw], dim=1)
 
 
-def branches_of(
-    texts: Mapping[Branch, Tensor], clip_BVD: Tensor, channels_BCFhw: Tensor, pose_BCFhw: Tensor, face_CTHW: Tensor
-) -> Branches:
-    """Return what each branch of one clip is told: the same but for the text, and the face, of which the negative
-    branch sees none.
-    """
-    face_BCTHW = face_CTHW[None]
-    faces: dict[Branch, Tensor] = {"cond": face_BCTHW, "uncond": torch.full_like(face_BCTHW[:, :, :1], -1)}
-    return {
-        branch: Conditions((rows,), clip_BVD, channels_BCFhw, animate=AnimateConditions(pose_BCFhw, faces[branch]))
-        for branch, rows in texts.items()
-    }
-
-
 @dataclass
 class AnimateClips:
     """The task of Animate.
@@ -137,7 +121,7 @@ class AnimateClips:
     """
 
     plan: Plan
-    models: Callable[[ModelRef], nn.Module]
+    models: Models
     texts: Mapping[Branch, Tensor]
     clip_BVD: Tensor
     reference_BCFhw: Tensor
@@ -165,7 +149,14 @@ class AnimateClips:
         self._notes = list(_told_empty(number, clip, driving.person_THW))
         channels_BCFhw = torch.cat([self.reference_BCFhw, clip_channels(vae, driving, before, chunk, tile)], dim=2)
         pose_BCFhw = vae.encode(driving.pose_CTHW[None], chunk=chunk, tile=tile)
-        return branches_of(self.texts, self.clip_BVD, channels_BCFhw, pose_BCFhw, driving.face_CTHW)
+        face_BCTHW = driving.face_CTHW[None]
+        # Guidance pushes away from a person without a face, not only from the negative prompt.
+        faces: dict[Branch, Tensor] = {"cond": face_BCTHW, "uncond": torch.full_like(face_BCTHW[:, :, :1], -1)}
+        told = {branch: AnimateConditions(pose_BCFhw, face) for branch, face in faces.items()}
+        return {
+            branch: Conditions((rows,), self.clip_BVD, channels_BCFhw, animate=told[branch])
+            for branch, rows in self.texts.items()
+        }
 
     def notes(self) -> Iterable[Note]:
         told, self._notes = self._notes, []
@@ -189,12 +180,7 @@ def _told_empty(number: int, clip: ClipPlan, person_THW: Tensor | None) -> Itera
 
 
 @torch.inference_mode()
-def animate_clips(
-    plan: Plan,
-    models: Callable[[ModelRef], nn.Module],
-    texts: Mapping[Branch, Tensor],
-    stop: Callable[[], None] = lambda: None,
-) -> AnimateClips:
+def animate_clips(plan: Plan, models: Models, texts: Mapping[Branch, Tensor], stop: Callable[[], None]) -> AnimateClips:
     """Return the task of a plan, its reference image encoded."""
     assert plan.animate is not None and plan.clip_vision is not None
     image = next(image for image in plan.images if image.role == "reference")

@@ -12,13 +12,15 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kinema.sampling.denoiser import Branch
-from kinema.schema import ClipPlan, Event, Note
+from kinema.schema import ClipPlan, Event, ModelRef, Note
 from kinema.tensors import Conditions
 
 Branches = Mapping[Branch, Conditions]
+Models = Callable[[ModelRef], nn.Module]
+"""models(ref) -> the loaded model of a recipe."""
 
 
 class ClipTask(Protocol):

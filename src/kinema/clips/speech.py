@@ -11,10 +11,10 @@ from itertools import islice
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kinema import ops
-from kinema.clips.loop import Branches
+from kinema.clips.loop import Branches, Models
 from kinema.conditioning import read_planned
 from kinema.media.audio import read_audio
 from kinema.media.frames import crop_to, to_video_range
@@ -22,7 +22,7 @@ from kinema.media.reader import read_video
 from kinema.models.wan_vae import WanVAE
 from kinema.models.wav2vec import Wav2Vec, encode_audio
 from kinema.sampling.denoiser import Branch, noise
-from kinema.schema import ClipPlan, ModelRef, Note, Plan
+from kinema.schema import ClipPlan, Note, Plan
 from kinema.tensors import Conditions, SpeechConditions
 
 BLACK, GREY = -1.0, 0.5
@@ -30,8 +30,6 @@ BLACK, GREY = -1.0, 0.5
 
 REFERENCE_FRAMES = 6
 """How many of the frames before the first clip show the reference, where the video goes on from it."""
-
-Models = Callable[[ModelRef], nn.Module]
 
 
 @dataclass
@@ -134,9 +132,7 @@ class SpeechClips:
 
 
 @torch.inference_mode()
-def speech_clips(
-    plan: Plan, models: Models, texts: Mapping[Branch, Tensor], stop: Callable[[], None] = lambda: None
-) -> SpeechClips:
+def speech_clips(plan: Plan, models: Models, texts: Mapping[Branch, Tensor], stop: Callable[[], None]) -> SpeechClips:
     """Return the task of a plan, its reference encoded, and its sound where there are texts: to sample by.
 
     stop   called now and then; may raise.
