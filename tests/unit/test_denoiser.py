@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from kinema.errors import NumericsError
-from kinema.sampling.denoiser import noise, sample
-from kinema.sampling.guidance import cfg
+from kinema.sampling.denoiser import cfg, noise, sample
 from kinema.sampling.schedule import expert_of, schedule
 from kinema.schema import PlanStep
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from kinema.errors import NumericsError
-from kinema.sampling.guidance import cfg
 from kinema.sampling.solvers import SOLVERS, Step
 from kinema.schema import PlanStep, Solver
 
@@ -72,6 +71,11 @@ class Denoiser:
             expert=step.expert,
             what=what,
         )
+
+
+def cfg(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """Return uncond + scale * (cond - uncond): classifier-free guidance, arXiv:2207.12598."""
+    return uncond + scale * (cond - uncond)
 
 
 def sample(
