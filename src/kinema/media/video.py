@@ -10,9 +10,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -137,34 +136,21 @@ class _Uint8Frames:
 # --- one writer a kind ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Codec:
-    container: str
-    name: str
-    pix_fmt: str
-    container_options: Mapping[str, str] = field(default_factory=dict)
-
-
-MP4 = _Codec("mp4", "libx264", "yuv420p", {"movflags": "+faststart"})
-WEBM = _Codec("webm", "libvpx-vp9", "yuv420p")
-GIF = _Codec("gif", "gif", "pal8")
-
-
 def _write_mp4(frames: Frames, media: Media, temporary: Path, quality: int) -> None:
     # crf 1 to 51; 0 would be lossless, in a profile browsers do not play. 80 gives 11, near the official 10.
     # x264's macroblock tree weighs blocks by memory it never wrote: the same frames came out another way now and then.
     options = {"crf": f"{1 + (100 - quality) / 2:g}", "preset": "medium", "mbtree": "0"}
-    _encode(_filtered(frames, media, YUV420P), media, temporary, MP4, options)
+    _encode(_filtered(frames, media), media, temporary, "mp4", options)
 
 
 def _write_webm(frames: Frames, media: Media, temporary: Path, quality: int) -> None:
     options = {"crf": f"{4 + (100 - quality) * 0.59:.0f}", "deadline": "good", "cpu-used": "4", "row-mt": "1"}
-    _encode(_filtered(frames, media, YUV420P), media, temporary, WEBM, options)
+    _encode(_filtered(frames, media), media, temporary, "webm", options)
 
 
 def _write_gif(frames: Frames, media: Media, temporary: Path, quality: int) -> None:
     # One palette a frame: a palette for all would have to see, and so hold, every frame first.
-    _encode(_paletted(frames, media), media, temporary, GIF, {})
+    _encode(_paletted(frames, media), media, temporary, "gif", {})
     if media.metadata:
         add_gif_comment(temporary, media.metadata)
 
@@ -197,24 +183,29 @@ WRITERS: dict[OutputKind, Callable[[Frames, Media, Path, int], None]] = {
 
 # --- codecs and filters --------------------------------------------------------------------------
 
+CODECS = {"mp4": ("libx264", "yuv420p"), "webm": ("libvpx-vp9", "yuv420p"), "gif": ("gif", "pal8")}
+"""By container: encoder and pixel format."""
+
 
 def _encode(
-    images: Iterator[av.VideoFrame], media: Media, temporary: Path, codec: _Codec, options: Mapping[str, str]
+    images: Iterator[av.VideoFrame], media: Media, temporary: Path, kind: OutputKind, options: dict[str, str]
 ) -> None:
     """Encode one stream, then count the packets in the file: a disk can fill without a word of the encoder."""
     where, fps = str(temporary.resolve()), _fraction(media.fps)
-    with av.open(where, "w", format=codec.container, options=dict(codec.container_options)) as container:
-        if media.metadata and codec in (MP4, WEBM):
-            container.metadata["comment"] = pack(media.metadata)
-        stream = cast(av.VideoStream, container.add_stream(codec.name, rate=fps, options=dict(options)))
-        stream.width, stream.height, stream.pix_fmt = media.width, media.height, codec.pix_fmt
+    name, pix_fmt = CODECS[kind]
+    with av.open(where, "w", format=kind, options={"movflags": "+faststart"} if kind == "mp4" else {}) as container:
+        stream = cast(av.VideoStream, container.add_stream(name, rate=fps, options=options))
+        stream.width, stream.height, stream.pix_fmt = media.width, media.height, pix_fmt
         stream.bit_rate = 0  # the quality alone decides
         stream.codec_context.time_base = 1 / fps
-        if codec.pix_fmt == "yuv420p":
+        sound = None
+        if kind != "gif":
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = BT709
             context.color_range = LIMITED_RANGE
-        sound = SoundTrack(container, codec.container, media.audio) if media.audio and codec in (MP4, WEBM) else None
+            sound = SoundTrack(container, kind, media.audio) if media.audio else None
+            if media.metadata:
+                container.metadata["comment"] = pack(media.metadata)
         for number, image in enumerate(images):
             container.mux(stream.encode(image))
             if sound:
@@ -228,10 +219,9 @@ def _encode(
         raise OSError(f"it holds {found} of {media.frames} frames")
 
 
-def _filtered(frames: Frames, media: Media, filters: tuple[tuple[str, str], ...]) -> Iterator[av.VideoFrame]:
+def _filtered(frames: Frames, media: Media) -> Iterator[av.VideoFrame]:
     graph, source = _graph(media)
-    nodes = [source, *(graph.add(name, args) for name, args in filters), graph.add("buffersink")]
-    graph.link_nodes(*nodes)
+    graph.link_nodes(source, *(graph.add(name, args) for name, args in YUV420P), graph.add("buffersink"))
     return _run(graph, frames, media)
 
 
