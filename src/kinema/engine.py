@@ -250,11 +250,11 @@ class Engine:
         start_BCFhw: Tensor,
         conditions: Mapping[Branch, Conditions],
         meter: Meter,
-        kept: KeptSteps | None,
+        kept: KeptSteps,
     ) -> Generator[Event, None, Tensor]:
         """The latents of one seed or clip, from noise; where `kept` holds a step, from that one on."""
         plan, device = run.plan, torch.device(run.plan.device)
-        after = kept.after if kept else None
+        after = kept.after
         steps = plan.steps[after.index + 1 if after else 0 :]
         run.stop_if_asked()
         if plan.experts[steps[0].expert] not in self._models:
@@ -275,8 +275,7 @@ class Engine:
             try:
                 after = after and replace(after, memory=tuple(tensor.to(device) for tensor in after.memory))
                 for step in sample(plan.steps, plan.solver, start_BCFhw, velocity, told.clean_BCFhw, after):
-                    if kept is not None:
-                        kept.keep(step)
+                    kept.keep(step)
                     yield meter.tick()
                     run.stop_if_asked()
                     if plan.output.preview is not None:
@@ -312,14 +311,15 @@ class Engine:
         """Yield what happens and the frames of all clips; those finished before are only decoded."""
         plan, seed = run.plan, run.plan.seeds[0]
         rows: dict[Branch, Tensor] = {}
+        steps_done = 0
         if len(kept) < len(plan.clips):
             rows = yield from self._encode_prompts(run)
+            steps_done = kept.steps().done
         with run.stages.measure("encode inputs"):
             yield (inputs := Meter("encode inputs", 1)).start()
             task = clip_task(plan, partial(self._get, plan), rows, run.stop_if_asked)
             yield inputs.tick()
-        begun = kept.steps() if len(kept) < len(plan.clips) else None
-        left = (step_work(plan) * (len(plan.clips) - len(kept)))[begun.done if begun else 0 :]
+        left = (step_work(plan) * (len(plan.clips) - len(kept)))[steps_done:]
         meter = Meter("sample", len(left), seed, left)
 
         def sample_clip(number: int, conditions: Callable[[], Branches]) -> Generator[Event, None, Tensor]:

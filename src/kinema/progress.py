@@ -73,7 +73,7 @@ class Meter:
         self._since, self._since_done = clock(), 0
 
     def start(self) -> Progress:
-        return Progress(stage=self._stage, done=self._done, total=self._total, seed=self._seed)
+        return self._progress(None)
 
     def tick(self, units: int = 1) -> Progress:
         now = self._clock()
@@ -82,13 +82,10 @@ class Meter:
         pace = (now - self._since) / (until[self._done] - until[self._since_done])
         if first:
             self._since, self._since_done = now, self._done
-        return Progress(
-            stage=self._stage,
-            done=self._done,
-            total=self._total,
-            eta_seconds=pace * (until[-1] - until[self._done]),
-            seed=self._seed,
-        )
+        return self._progress(pace * (until[-1] - until[self._done]))
+
+    def _progress(self, eta_seconds: float | None) -> Progress:
+        return Progress(stage=self._stage, done=self._done, total=self._total, eta_seconds=eta_seconds, seed=self._seed)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ NAME = re.compile(r"clip_(\d+)\.safetensors")
 class KeptClips:
     """Latents of the clips that are done, in order.
 
-    folder   where each new one is written; made when the first one is. None: nothing is written.
+    folder   where each new one is written; made when the first one is. None: all clips are there, and are not ours.
     """
 
     def __init__(self, plan: Plan, folder: Path | None, latents: list[Tensor] | None = None) -> None:
@@ -66,18 +66,16 @@ class KeptClips:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def steps(self) -> KeptSteps | None:
-        """Return the sampling of the next clip, behind the steps that are saved of it; None: nothing is written."""
-        if self.folder is None:
-            return None
+    def steps(self) -> KeptSteps:
+        """Return the sampling of the next clip, behind the steps that are saved of it."""
+        assert self.folder is not None, "what is sampled is kept"
         path = self.folder / _name(len(self) + 1, STEPS_SUFFIX)
         return KeptSteps.open(path) if path.exists() else KeptSteps(self.plan, 0, path)
 
     def add(self, latents_CFhw: Tensor) -> None:
         """Keep one more clip. Where the folder cannot be written to, a temporary one takes its place."""
+        assert self.folder is not None, "what is sampled is kept"
         self.latents.append(latents_CFhw)
-        if self.folder is None:
-            return
         try:
             self._write(self.folder, len(self))
             (self.folder / _name(len(self), STEPS_SUFFIX)).unlink(missing_ok=True)
