@@ -19,7 +19,8 @@ from kinema.pose.keypoints import Pose
 FACE_AREA = 1.3
 """Area of the face crop over that of the box around the 68 face points; of added height three quarters go on top."""
 
-DILATION, ITERATIONS = 7, 3
+GROWTH = 9
+"""Pixels that a mask grows by on every side: three dilations by a square of 7."""
 
 
 def face_box(pose: Pose) -> tuple[int, int, int, int] | None:
@@ -39,10 +40,9 @@ def crop(frame_HWC: Tensor, box: tuple[int, int, int, int], side: int) -> Tensor
     return fit_pixels(frame_HWC[y0:y1, x0:x1], side, side, "stretch")
 
 
-def grown(mask_HW: Tensor, kernel: int = DILATION, iterations: int = ITERATIONS) -> Tensor:
-    """Return the mask, bool, dilated `iterations` times by a square of `kernel` pixels."""
-    reach = iterations * (kernel // 2)
-    return F.max_pool2d(mask_HW.float()[None], 2 * reach + 1, stride=1, padding=reach)[0] > 0
+def grown(mask_HW: Tensor) -> Tensor:
+    """Return the mask, bool, dilated by GROWTH."""
+    return F.max_pool2d(mask_HW.float()[None], 2 * GROWTH + 1, stride=1, padding=GROWTH)[0] > 0
 
 
 def blocked(mask_HW: Tensor, columns: int = 1, rows: int = 1) -> Tensor:
