@@ -23,8 +23,8 @@ from kinema.lora import LORA_SYNTAX, LoraFacts, LoraRef
 from kinema.media.audio import audio_facts
 from kinema.media.camera import pose_facts
 from kinema.media.image import read_image
+from kinema.media.probe import probe
 from kinema.media.speaking import speak
-from kinema.media.video import probe
 from kinema.models.tokenizer import ClipTokenizer, Tokenizer
 from kinema.planning import MEDIA_FIELDS, check_media, output_folder
 from kinema.planning.camera import is_pose_file

@@ -14,7 +14,10 @@ import kinema
 from conftest import Cli
 from kinema.errors import RequestError
 from kinema.media.control import canny
-from kinema.media.video import probe, read_metadata, read_video, write
+from kinema.media.metadata import read_metadata
+from kinema.media.probe import probe
+from kinema.media.reader import read_video
+from kinema.media.video import write
 from kinema.tensors import Media
 from small_depth import small_depth_model
 

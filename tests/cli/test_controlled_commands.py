@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Cli
-from kinema.media.video import probe
+from kinema.media.probe import probe
 from tiny_world import film, picture
 
 COMMANDS = {

@@ -15,7 +15,10 @@ from torch import Tensor
 import kinema
 from conftest import Cli
 from kinema.errors import RequestError
-from kinema.media.video import probe, read_metadata, read_video, write
+from kinema.media.metadata import read_metadata
+from kinema.media.probe import probe
+from kinema.media.reader import read_video
+from kinema.media.video import write
 from kinema.pose.skeleton import draw
 from kinema.tensors import Media
 from onnx_files import body_points, person_detector, segmenter

@@ -17,8 +17,8 @@ from checkpoints import official_state
 from kinema.engine import Engine
 from kinema.errors import RequestError
 from kinema.media.audio import audio_facts
+from kinema.media.probe import probe
 from kinema.media.reader import read_video
-from kinema.media.video import probe
 from kinema.media.video import write as write_video
 from kinema.planning.clips import back_and_forth, overlapping_clips
 from kinema.schema import Note, Plan, Request, Result, Settings

@@ -9,7 +9,7 @@ import pytest
 from kinema.chain import plan_chain, run_chain, then_fields
 from kinema.engine import Engine
 from kinema.errors import Cancelled, RequestError
-from kinema.media.video import read_metadata
+from kinema.media.metadata import read_metadata
 from kinema.schema import Plan, Request, Result, Settings
 from tiny_world import TinyWorld
 

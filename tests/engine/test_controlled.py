@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from kinema.engine import Engine
 from kinema.errors import RequestError
-from kinema.media.video import probe, read_metadata
+from kinema.media.metadata import read_metadata
+from kinema.media.probe import probe
 from kinema.schema import Plan, Request, Result
 from tiny_world import film, picture
 

@@ -14,7 +14,9 @@ import kinema
 from kinema import ops
 from kinema.engine import Engine
 from kinema.errors import Cancelled, CheckpointError, KinemaError, NumericsError, OutputError, RequestError
-from kinema.media.video import probe, read_metadata, read_video
+from kinema.media.metadata import read_metadata
+from kinema.media.probe import probe
+from kinema.media.reader import read_video
 from kinema.progress import Meter, Stages
 from kinema.schema import Plan, Preview, Progress, Request, Result
 from kinema.texts import KEPT

@@ -16,7 +16,7 @@ from checkpoints import official_state, write
 from kinema.engine import Engine
 from kinema.errors import CatalogError, CheckpointError, RequestError
 from kinema.lora import LoraRef
-from kinema.media.video import read_metadata
+from kinema.media.metadata import read_metadata
 from kinema.schema import Note, Plan, Request, Result
 from lora_files import ALGORITHMS, SPELLINGS, Written, low_rank, random, write_lora
 from tiny_world import DITS, TinyWorld

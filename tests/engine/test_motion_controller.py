@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from checkpoints import TINY, official_state, tiny, write, write_sparse
 from kinema.engine import Engine
 from kinema.errors import CatalogError, CheckpointError, RequestError
-from kinema.media.video import probe
+from kinema.media.probe import probe
 from kinema.schema import Plan, Request, Result
 from kinema.tensors import Conditions
 from kinema.weights.detect import inspect

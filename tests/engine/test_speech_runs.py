@@ -14,8 +14,8 @@ from kinema import ops
 from kinema.engine import Engine
 from kinema.errors import Cancelled, CheckpointError, MachineError, OutputError, RequestError
 from kinema.media.audio import read_audio
+from kinema.media.metadata import read_metadata
 from kinema.media.reader import read_video
-from kinema.media.video import read_metadata
 from kinema.schema import Note, Plan, Progress, Request, Result, Settings
 from sounds import clicks_in
 from speech_world import CLICKS, inputs

@@ -15,7 +15,9 @@ from kinema.engine import Engine
 from kinema.errors import RequestError
 from kinema.media.frames import crop_to, to_video_range
 from kinema.media.image import read_image
-from kinema.media.video import probe, read_video, write
+from kinema.media.probe import probe
+from kinema.media.reader import read_video
+from kinema.media.video import write
 from kinema.ops import read_latents
 from kinema.residents import Residents
 from kinema.sampling.denoiser import noised

@@ -18,7 +18,10 @@ import torch
 from PIL import Image, ImageSequence
 
 from kinema.errors import Cancelled, NumericsError, OutputError, RequestError
-from kinema.media.video import WRITERS, probe, read_metadata, read_video, write
+from kinema.media.metadata import read_metadata
+from kinema.media.probe import probe
+from kinema.media.reader import read_video
+from kinema.media.video import WRITERS, write
 from kinema.tensors import Media
 
 WIDTH, HEIGHT, FRAMES, FPS = 96, 64, 17, 16

@@ -27,14 +27,10 @@ from torch import Tensor
 from kinema.errors import NumericsError, OutputError, RequestError
 from kinema.media.audio import SoundTrack
 from kinema.media.files import unwritable
-from kinema.media.metadata import add_gif_comment, pack, png_text, read_metadata, webp_exif
-from kinema.media.probe import probe
-from kinema.media.reader import read_video
+from kinema.media.metadata import add_gif_comment, pack, png_text, webp_exif
 from kinema.media.webp import MOST_PIXELS, write_animation
 from kinema.schema import OutputKind
 from kinema.tensors import Media
-
-__all__ = ["WRITERS", "probe", "read_metadata", "read_video", "write"]
 
 Frames = Iterator[np.ndarray]
 
