@@ -57,23 +57,22 @@ def read_video(
     fps: float | None = None,
     start: int = 0,
     frames: int | None = None,
-    over: tuple[int, int, int] | None = (0, 0, 0),
 ) -> Iterator[Tensor]:
-    """Yield frames_HWC uint8 RGB in order, upright and with square pixels; memory does not grow with the length.
+    """Yield frames_HWC uint8 RGB in order, upright and with square pixels, what is transparent over black; memory does
+    not grow with the length.
 
     path    a video, an animated image, or a folder of images in the order of their names' numbers.
     fps     rate to give it at: each frame is the one on display at that time, so a variable rate comes out even.
             None yields every stored frame. A folder has no time of its own and is taken to be at this rate.
     start   frames to skip, at that rate; they are decoded, so read on instead of starting over for each clip.
     frames  how many to yield at most; fewer come where the video ends.
-    over    colour behind transparent pixels; None yields RGBA, opaque where there is no transparency.
 
     Raises RequestError where there is no such file, it cannot be decoded, breaks off, or changes its size.
     """
     path = Path(path)
     pictures: Iterator[np.ndarray]
     if path.is_dir():
-        pictures = map(_still, image_files(path))
+        pictures = (read_image(file)[0].numpy() for file in image_files(path))
     elif fps is None:
         pictures = (picture.pixels() for picture in stored_frames(path))
     else:
@@ -84,7 +83,7 @@ def read_video(
         if pixels_HWC.shape[:2] != size:
             got, first = (f"{shape[1]}x{shape[0]}" for shape in (pixels_HWC.shape, size))
             raise unreadable(path, f"its size changes on the way, from {first} to {got}")
-        yield torch.from_numpy(pixels_HWC if over is None else flattened(pixels_HWC, over))
+        yield torch.from_numpy(_over_black(pixels_HWC))
 
 
 def on_display(pictures: Iterator[Picture], fps: Fraction) -> Iterator[np.ndarray]:
@@ -107,13 +106,12 @@ def on_display(pictures: Iterator[Picture], fps: Fraction) -> Iterator[np.ndarra
         count += 1
 
 
-def flattened(pixels_HWC: np.ndarray, over: tuple[int, int, int]) -> np.ndarray:
-    """Return RGB: RGBA pixels, their colour not multiplied by alpha, laid over a colour."""
+def _over_black(pixels_HWC: np.ndarray) -> np.ndarray:
+    """RGB of RGB, or of RGBA whose colour is not multiplied by alpha."""
     colour, alpha = pixels_HWC[..., :3], pixels_HWC[..., 3:]
-    if alpha.min() == 255:
+    if alpha.min(initial=255) == 255:
         return np.ascontiguousarray(colour)
-    share = alpha.astype(np.float32) / 255
-    return np.rint(colour * share + np.asarray(over, np.float32) * (1 - share)).astype(np.uint8)
+    return np.rint(colour * (alpha.astype(np.float32) / 255)).astype(np.uint8)
 
 
 # --- stored frames -------------------------------------------------------------------------------
@@ -152,12 +150,6 @@ def _webp_frames(path: Path) -> Iterator[Picture]:
             duration = Fraction(image.info.get("duration", 0), 1000)
             yield Picture(time, duration, Fraction(1, 1000), partial(np.array, image.convert("RGBA")))
             time += duration
-
-
-def _still(path: Path) -> np.ndarray:
-    pixels_HWC, _ = read_image(path)
-    opaque = torch.full((*pixels_HWC.shape[:2], 1), 255, dtype=torch.uint8)
-    return torch.cat([pixels_HWC, opaque], dim=2).numpy()
 
 
 def image_files(folder: Path) -> list[Path]:
