@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,18 +34,11 @@ class KeptSteps:
     after    the step that is done and behind which to go on; None at the beginning.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        index: int,
-        path: Path,
-        after: Step | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.plan, self.index, self.path, self.after, self._clock = plan, index, path, after, clock
+    def __init__(self, plan: Plan, index: int, path: Path, after: Step | None = None) -> None:
+        self.plan, self.index, self.path, self.after = plan, index, path, after
         every = plan.request.save_steps
         self._seconds = SECONDS if every is None else every
-        self._last = clock()
+        self._last = time.monotonic()
         self._saved = self.done
 
     @classmethod
@@ -74,13 +67,13 @@ class KeptSteps:
 
     def keep(self, step: Step) -> None:
         """Save a step, where it is time."""
-        if self._clock() - self._last < self._seconds or step.index == len(self.plan.steps) - 1:
+        if time.monotonic() - self._last < self._seconds or step.index == len(self.plan.steps) - 1:
             return
         state = {"plan": self.plan.model_dump(mode="json"), "index": self.index, "step": step.index}
         metadata = {KEY: json.dumps(state | {"files": stamps(self.plan)})}
         tensors = {f"memory.{place}": tensor.cpu().contiguous() for place, tensor in enumerate(step.memory)}
         write_whole(self.path, save(tensors, metadata=metadata))
-        self._last, self._saved = self._clock(), step.index + 1
+        self._last, self._saved = time.monotonic(), step.index + 1
 
     def remove(self) -> None:
         if self._saved:

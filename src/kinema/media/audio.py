@@ -51,8 +51,8 @@ def audio_facts(path: Path) -> MediaFacts:
     )
 
 
-def read_audio(path: Path, rate: int = RATE) -> Tensor:
-    """Return waveform_N: the sound of a file or a video, float32, its channels averaged, at `rate` samples a second.
+def read_audio(path: Path) -> Tensor:
+    """Return waveform_N: the sound of a file or a video, float32, its channels averaged, at RATE.
 
     Takes what ffmpeg reads: wav, mp3, flac, m4a, ogg, mp4 ... Memory: 4 bytes a sample of the result.
     Raises RequestError as audio_facts does.
@@ -62,7 +62,7 @@ def read_audio(path: Path, rate: int = RATE) -> Tensor:
     parts: list[np.ndarray] = []
     with _opened(path) as container:
         for block_CN, stored in _blocks(container):
-            resampler = resampler or av.AudioResampler("flt", "mono", rate)
+            resampler = resampler or av.AudioResampler("flt", "mono", RATE)
             frame = _frame(block_CN.mean(axis=0, keepdims=True), stored)
             parts += [out.to_ndarray()[0] for out in resampler.resample(frame)]
     if resampler is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kinema.errors import Cancelled
 
+DEPTH = 2  # chunks waiting for a file
 WAIT_SECONDS = 0.1
 
 
@@ -24,8 +25,8 @@ class BackgroundWriter:
     the chunks end in Cancelled, so that `write` removes what it began.
     """
 
-    def __init__(self, write: Callable[[Iterator[Tensor]], None], depth: int = 2) -> None:
-        self._queue: Queue[Tensor | None] = Queue(depth)
+    def __init__(self, write: Callable[[Iterator[Tensor]], None]) -> None:
+        self._queue: Queue[Tensor | None] = Queue(DEPTH)
         self._error: BaseException | None = None
         self._abandoned = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(write,), name="write", daemon=True)

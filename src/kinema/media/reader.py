@@ -52,11 +52,7 @@ class Picture:
 
 
 def read_video(
-    path: Path | str,
-    *,
-    fps: float | None = None,
-    start: int = 0,
-    frames: int | None = None,
+    path: Path | str, *, fps: float | None = None, start: int = 0, frames: int | None = None
 ) -> Iterator[Tensor]:
     """Yield frames_HWC uint8 RGB in order, upright and with square pixels, what is transparent over black; memory does
     not grow with the length.
