@@ -6,6 +6,7 @@ Owns how two requests hang together. Each is planned and run by the engine as it
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from kinema.batch.lines import parse_line
 from kinema.endings import hinted
 from kinema.engine import Engine
 from kinema.errors import KinemaError, RequestError
+from kinema.planning.outputs import sidecars
 from kinema.request import make_request
 from kinema.schema import Event, MediaFacts, Plan, Request
 
@@ -30,8 +32,9 @@ class Chain(NamedTuple):
 def plan_chain(engine: Engine, request: Request, fields: Mapping[str, Any]) -> Chain:
     """Plan `request`, and then one more of these `fields` from each picture it will have written.
 
-    Raises what planning raises, and RequestError for a first request that writes no picture, or a second one that
-    already has its first frame.
+    Where the picture is named, NAME.png, so is its video: NAME-video.mp4, each with its plan beside it.
+    Raises what planning raises, and RequestError for a first request that writes no picture, a second one that already
+    has its first frame, and where one would write over what the other wrote.
     """
     pictures = engine.plan(request)
     if fields.get("first"):
@@ -54,10 +57,28 @@ def plan_chain(engine: Engine, request: Request, fields: Mapping[str, Any]) -> C
     for paths in pictures.output.paths:
         picture = paths[place]
         promised = MediaFacts(path=picture, kind="image", width=pictures.width, height=pictures.height)
-        beside = {} if request.save is None else {"save": picture.with_suffix(".mp4")}
-        video = make_request({**inherited, **beside, **fields, "first": picture})
+        video = make_request({**inherited, **fields, "first": picture})
+        if request.save is not None and video.save is None:
+            kind = next(iter(video.output), "mp4")
+            suffix = "safetensors" if kind == "latents" else kind
+            video = video.model_copy(update={"save": picture.with_name(f"{picture.stem}-video.{suffix}")})
         videos.append(engine.plan(video, promised={picture: promised}))
+    _refuse_shared_files(pictures, *videos)
     return Chain(pictures, tuple(videos))
+
+
+def _refuse_shared_files(*plans: Plan) -> None:
+    """Each plan keeps clear of the files that are there; none knows of those that the others will write."""
+    outputs = [(plan.output, paths) for plan in plans for paths in plan.output.paths]
+    files = Counter(file for output, paths in outputs for file in (*paths, *sidecars(paths, output.strip)))
+    file, times = files.most_common(1)[0]
+    if times > 1:
+        raise RequestError(
+            f"{file} would be written {times} times in one run",
+            "pass another --seed or --save in --then",
+            field="then",
+            got=str(file),
+        )
 
 
 def run_chain(engine: Engine, chain: Chain, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:

@@ -44,6 +44,25 @@ def test_a_picture_becomes_a_video(both: Settings, tmp_path: Path) -> None:
         plan = Plan.model_validate_json(read_metadata(video)["kinema"])
         assert [image.path for image in plan.images] == [picture]
         assert plan.seeds == (5,)
+        for path in (picture, video):
+            beside = Plan.model_validate_json(path.with_suffix(".json").read_text())
+            assert beside.output.paths == ((path,),), "the plan beside each is its own"
+
+
+def test_a_video_takes_the_name_of_its_picture_and_the_kind_asked_for(both: Settings, tmp_path: Path) -> None:
+    with Engine(both) as engine:
+        chain = plan_chain(engine, request(tmp_path / "cat.png"), {"model": "tiny-clip", "frames": 5, "output": "webm"})
+    assert chain.videos[0].output.paths == ((tmp_path / "cat-video.webm",),)
+
+
+def test_no_video_is_written_over_another(both: Settings, tmp_path: Path) -> None:
+    """Two pictures, and of each a video of one prompt and one seed: one name."""
+    then = {"model": "tiny-clip", "frames": 5, "prompt": "two", "seed": 5}
+    with Engine(both) as engine, pytest.raises(RequestError, match=r"two-5\.mp4 would be written 2 times"):
+        plan_chain(engine, request(tmp_path / "a.png", count=2), then | {"save": str(tmp_path)})
+    with Engine(both) as engine, pytest.raises(RequestError, match=r"x\.mp4 would be written 2 times"):
+        overwriting = request(tmp_path / "a.png", count=2, overwrite=True)
+        plan_chain(engine, overwriting, then | {"save": str(tmp_path / "x.mp4")})
 
 
 def test_one_model_at_a_time(both: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
