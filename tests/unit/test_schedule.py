@@ -108,7 +108,6 @@ def test_sigmas_fall_strictly_to_zero(solver, shift):
 @pytest.mark.parametrize(
     ("solver", "steps", "shift", "field"),
     [
-        ("ddim", 20, 5, "solver"),
         ("unipc", 0, 5, "steps"),
         ("unipc", 20, 0, "shift"),
         ("euler", 20, float("nan"), "shift"),

@@ -158,10 +158,8 @@ def _blurred(heat_KHW: Tensor) -> Tensor:
     """Blurred, each map brought back to the height it had."""
     weights = torch.exp(-0.5 * ((torch.arange(BLUR_WIDTH) - BLUR_WIDTH // 2) / BLUR_SIGMA) ** 2)
     weights = (weights / weights.sum()).view(1, 1, 1, -1)
-    maps = heat_KHW[:, None]
-    maps = F.conv2d(F.conv2d(maps, weights, padding=(0, BLUR_WIDTH // 2)), weights.mT, padding=(BLUR_WIDTH // 2, 0))[
-        :, 0
-    ]
+    rows_K1HW = F.conv2d(heat_KHW[:, None], weights, padding=(0, BLUR_WIDTH // 2))
+    maps = F.conv2d(rows_K1HW, weights.mT, padding=(BLUR_WIDTH // 2, 0))[:, 0]
     return maps * (heat_KHW.amax((1, 2)) / maps.amax((1, 2)).clamp_min(1e-10))[:, None, None]
 
 
