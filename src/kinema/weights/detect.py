@@ -19,7 +19,7 @@ from kinema.weights.keys import Translation, components_of, translate
 from kinema.weights.quantised.layers import packable
 from kinema.weights.quantised.schemes import describe, open_weights
 from kinema.weights.quantised.stored import StoredPacked
-from kinema.weights.structure import DESCRIBE, FLOAT32_KEYS, MODELS, Shapes, build_for
+from kinema.weights.structure import DESCRIBE, MODELS, Shapes, build_for
 
 
 def inspect(path: Path | str | Sequence[Path], component: Component | None = None) -> FileFacts:
@@ -76,7 +76,7 @@ def _sizes(module: nn.Module, component: Component) -> tuple[tuple[int, ...], in
     groups: list[list[nn.Module]] = module.block_groups() if hasattr(module, "block_groups") else []  # type: ignore[operator]
     within = [{id(t): t for part in group for t in part.state_dict(keep_vars=True).values()} for group in groups]
     inside = {number for group in within for number in group}
-    keeps = FLOAT32_KEYS.get(component, lambda _: False)
+    keeps = MODELS[component].stays_float32
     outside = (
         tensor.numel()
         for name, tensor in module.state_dict(keep_vars=True).items()

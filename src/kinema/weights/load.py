@@ -22,7 +22,7 @@ from kinema.weights.lora.fuse import Fusion, fusion_of
 from kinema.weights.quantised.layers import packable, swap
 from kinema.weights.quantised.packed import ON_LOAD, Packed, quantise
 from kinema.weights.quantised.schemes import describe, open_weights
-from kinema.weights.structure import FLOAT32_KEYS, WHAT, Shapes, build, check
+from kinema.weights.structure import MODELS, Shapes, build, check
 
 
 def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
@@ -39,7 +39,7 @@ def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
     file = open_weights(ref.files)
     translation = translate(file, ref.component)
     if translation.dialect.component != ref.component:
-        found, wanted = WHAT[translation.dialect.component], WHAT[ref.component]
+        found, wanted = MODELS[translation.dialect.component].what, MODELS[ref.component].what
         raise CheckpointError(f"{file.path} is {found}, not {wanted}", path=file.path, expected=wanted, found=found)
     shapes = Shapes(translation)
     module = build(ref.component, ref.config)
@@ -47,7 +47,7 @@ def load(ref: ModelRef, fused: Fusion | None = None) -> nn.Module:
     check(shapes, module)
     fused = fused or fusion_of(ref)
     names = list(module.state_dict())
-    dtype, keeps = getattr(torch, ref.dtype), FLOAT32_KEYS.get(ref.component, lambda _: False)
+    dtype, keeps = getattr(torch, ref.dtype), MODELS[ref.component].stays_float32
     mapped = {name for name, _ in module.named_parameters() if ref.resident_blocks is not None}
     place = "cpu" if mapped else ref.device
     for name, packed in _packed_weights(ref, translation, module, fused):

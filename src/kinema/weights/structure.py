@@ -66,7 +66,7 @@ class Shapes:
 
     def error(self, problem: str, hint: str = "", **details: Any) -> CheckpointError:
         dialect = self.translation.dialect
-        where = f"{self.file.path} (read as {WHAT[dialect.component]} in {dialect.name} names)"
+        where = f"{self.file.path} (read as {MODELS[dialect.component].what} in {dialect.name} names)"
         return CheckpointError(f"{where}: {problem}", hint, path=self.file.path, dialect=dialect.name, **details)
 
 
@@ -380,51 +380,34 @@ DESCRIBE: dict[Component, Callable[[Mapping[str, Any]], str]] = {
 }
 """What a configuration is in words."""
 
-WHAT: dict[Component, str] = {
-    "dit": "a Wan DiT",
-    "vae": "a Wan VAE",
-    "text_encoder": "a umT5 text encoder",
-    "clip_vision": "a CLIP vision encoder",
-    "audio_encoder": "a wav2vec2 audio encoder",
-    "motion_controller": "a motion controller",
-    "flux_dit": "a FLUX.1 transformer",
-    "flux_vae": "a FLUX.1 autoencoder",
-    "t5": "a T5 text encoder",
-    "clip_text": "a CLIP text encoder",
-    "siglip": "a SigLIP vision encoder",
-    "redux": "a FLUX.1 Redux embedder",
-}
-
 
 @dataclass(frozen=True)
 class Model:
-    """How one component is recognised and built."""
+    """What one component is called, and how it is recognised and built.
 
+    stays_float32   of an official name: whether it does, whatever the dtype asked for.
+    """
+
+    what: str
     config: Callable[[Shapes], dict[str, Any]]
     arguments: Callable[..., Any]
     module: Callable[[Any], nn.Module]
-
-
-FLOAT32_KEYS: dict[Component, Callable[[str], bool]] = {
-    "dit": wan.stays_float32,
-    "flux_dit": flux.stays_float32,
-}
-"""Which official names stay float32 whatever the dtype asked for."""
+    stays_float32: Callable[[str], bool] = lambda name: False
 
 
 MODELS: dict[Component, Model] = {
-    "dit": Model(dit_config, WanConfig, WanDiT),
-    "vae": Model(vae_config, WanVAEConfig, WanVAE),
-    "text_encoder": Model(text_config, TextEncoderConfig, UMT5),
-    "clip_vision": Model(clip_config, ClipVisionConfig, ClipVision),
-    "audio_encoder": Model(audio_config, Wav2VecConfig, Wav2Vec),
-    "motion_controller": Model(motion_config, MotionControllerConfig, MotionController),
-    "flux_dit": Model(flux_config, FluxConfig, FluxDiT),
-    "flux_vae": Model(flux_vae_config, FluxVAEConfig, FluxVAE),
-    "t5": Model(t5_config, TextEncoderConfig, UMT5),
-    "clip_text": Model(clip_text_config, ClipTextConfig, ClipText),
-    "siglip": Model(siglip_config, SiglipConfig, Siglip),
-    "redux": Model(redux_config, ReduxConfig, Redux),
+    "dit": Model("a Wan DiT", dit_config, WanConfig, WanDiT, wan.stays_float32),
+    "vae": Model("a Wan VAE", vae_config, WanVAEConfig, WanVAE),
+    "text_encoder": Model("a umT5 text encoder", text_config, TextEncoderConfig, UMT5),
+    "clip_vision": Model("a CLIP vision encoder", clip_config, ClipVisionConfig, ClipVision),
+    "audio_encoder": Model("a wav2vec2 audio encoder", audio_config, Wav2VecConfig, Wav2Vec),
+    "motion_controller": Model("a motion controller", motion_config, MotionControllerConfig, MotionController),
+    "flux_dit": Model("a FLUX.1 transformer", flux_config, FluxConfig, FluxDiT, flux.stays_float32),
+    "flux_vae": Model("a FLUX.1 autoencoder", flux_vae_config, FluxVAEConfig, FluxVAE),
+    "t5": Model("a T5 text encoder", t5_config, TextEncoderConfig, UMT5),
+    "clip_text": Model("a CLIP text encoder", clip_text_config, ClipTextConfig, ClipText),
+    "siglip": Model("a SigLIP vision encoder", siglip_config, SiglipConfig, Siglip),
+    "redux": Model("a FLUX.1 Redux embedder", redux_config, ReduxConfig, Redux),
 }
 
 
