@@ -10,7 +10,7 @@ from kinema.errors import KinemaError, MachineError, NumericsError, OutputError
 from kinema.ops import LastCall
 from kinema.planning import memory
 from kinema.runtime.finite import first_nonfinite
-from kinema.schema import Plan
+from kinema.schema import Machine, Plan
 
 KEPT = {"latents": "decode", "steps": "resume", "clips": "resume"}
 """Detail of an error that says where finished work lies -> the verb that goes on with it."""
@@ -23,20 +23,20 @@ def hinted(error: Exception, hint: str, **details: Any) -> KinemaError:
     return OutputError(f"the video could not be made: {error}", hint, **details)
 
 
-def out_of_memory(plan: Plan, stage: str, free: int, said: str, details: dict[str, Any]) -> MachineError:
+def out_of_memory(plan: Plan, stage: str, machine: Machine, said: str, details: dict[str, Any]) -> MachineError:
     """Return the error of a run whose memory ran out in `stage`: what would fit, and what is kept.
 
-    free      bytes of the device, once everything is dropped.
+    machine   as it is once everything is dropped.
     details   of the error that ended it.
     """
-    fits = memory.smaller(plan, stage, free)
+    fits = memory.smaller(plan, stage, machine)
     hints = ["pass " + ", or ".join(fits)] if fits else ["take a smaller model, or another machine"]
     kept = [f"what is done is kept: kinema {verb} {details[name]}" for name, verb in KEPT.items() if name in details]
     first = next(iter(said.splitlines()), "the system gave no reason")
     return MachineError(
         f"memory ran out in the stage {stage}: {first[:200]}",
         "; ".join(hints + kept[:1]),
-        **{**details, "stage": stage, "have": free, "fits": fits},
+        **{**details, "stage": stage, "have": machine.memory_free, "fits": fits},
     )
 
 

@@ -35,10 +35,10 @@ from kinema.planning.inputs import encodes
 from kinema.progress import Meter, Run
 from kinema.residents import BackgroundHashes, Residents
 from kinema.runtime.machine import (
-    free_memory,
     is_out_of_memory,
     keep_large_blocks_apart,
     keep_within,
+    probe_machine,
     record_calibration,
 )
 from kinema.sampling.denoiser import Branch, noise, noised, sample
@@ -148,8 +148,10 @@ class Engine:
             # Its frames hold the tensors that took the memory: only what it said is kept.
             said, details = str(error), getattr(error, "details", {})
         self.release()
-        free = free_memory(plan.device)
-        raise out_of_memory(plan, run.stages.now, min(free, limit or free), said, details)
+        machine = probe_machine(plan.device)
+        there = min(machine.memory_free, limit or machine.memory_free)
+        here = machine.model_copy(update={"memory_free": there})
+        raise out_of_memory(plan, run.stages.now, here, said, details)
 
     def _make(self, run: Run, going_on: KeptSteps | None = None) -> Iterator[Event]:
         """All seeds; where steps are given to go on from, those from theirs on."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from kinema.catalog import load_catalog
 from kinema.errors import MachineError, RequestError
+from kinema.planning import memory
 from kinema.schema import FileFacts, Machine, Plan
 from plan.world import MACHINE, files_of, plan
 
@@ -75,6 +77,21 @@ def test_int8_is_named_where_the_numbers_that_fp8_multiplies_do_not_fit() -> Non
     with pytest.raises(MachineError):
         plan(MODEL, facts=with_files(card(22.1e9, able=True)), quantise="fp8")
     assert refused(card(20e9, able=True)) == []
+
+
+def test_memory_that_runs_out_names_rounding_as_a_refused_plan_does() -> None:
+    def fits(card: Machine, **fields: Any) -> list[str]:
+        made = plan(MODEL, facts=with_files(MACHINE), **fields)
+        return memory.smaller(made, "sample", card)
+
+    card = MACHINE.model_copy(update={"memory_total": 24 * 10**9, "memory_free": 24 * 10**9})
+    assert "--quantise fp8 --vram 24.00GB" in fits(card)
+    assert plan(MODEL, facts=with_files(card), quantise="fp8")
+    assert not any("--quantise" in words for words in fits(card, precision="reference"))
+    roomy = card.model_copy(update={"memory_free": 40 * 10**9})
+    assert all(re.fullmatch(r"--vram \d+\.\d\dGB", words) for words in fits(roomy, quantise="fp8"))
+    (words,) = fits(roomy, quantise="fp8", tile=256, vae_cache="cpu")
+    assert words.endswith("GB without --vae-cache, --tile")
 
 
 def test_a_file_that_is_quantised_is_not_told_to_be_rounded() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from itertools import product
 from typing import Any, get_args
 
@@ -18,7 +17,7 @@ from kinema.planning.flux import rows_beside
 from kinema.planning.flux_cost import is_flux
 from kinema.planning.geometry import SPEECH_MULTIPLE
 from kinema.planning.inputs import encoded_latent_frames, encodes
-from kinema.planning.quantisation import unpacking_bytes
+from kinema.planning.quantisation import multiplied, rounded, unpacking_bytes
 from kinema.schema import Expert, Limits, Machine, ModelRef, Note, Plan, Quantise, Request, StageCost
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -42,8 +41,6 @@ ROUNDED = (("quantise",), ("quantise_text_encoder",), ("quantise", "quantise_tex
 """Request fields by which weights of 16 bits and more take half the room: the fewest first."""
 
 Variants = Iterator[Plan]
-Held = Callable[[Request], dict[str, Any]]
-"""Another request -> the recipes of a plan's experts and text encoder, held as it wants them."""
 
 
 # --- one model -------------------------------------------------------------------------------------
@@ -287,7 +284,7 @@ def _dit(plan: Plan, ref: ModelRef) -> float:
 # --- choosing --------------------------------------------------------------------------------------
 
 
-def fit(plan: Plan, request: Request, machine: Machine, held: Held) -> Plan:
+def fit(plan: Plan, request: Request, machine: Machine) -> Plan:
     """Return the plan with limits, the settings that keep within them, and costs.
 
     What the user decided stays as it is. Settings that change no number are taken before those that do.
@@ -298,7 +295,7 @@ def fit(plan: Plan, request: Request, machine: Machine, held: Held) -> Plan:
     plan = _as_asked(plan, request)
     fitted = _fitted(plan, request)
     if shortfall(fitted):
-        raise _refusal(fitted, plan, request, machine, held)
+        raise _refusal(fitted, plan, request, machine)
     notes = _notes(fitted, request, machine)
     return fitted.model_copy(update={"notes": (*fitted.notes, *notes)})
 
@@ -437,13 +434,13 @@ def _notes(plan: Plan, request: Request, machine: Machine) -> list[Note]:
 # --- refusing --------------------------------------------------------------------------------------
 
 
-def _refusal(fitted: Plan, plan: Plan, request: Request, machine: Machine, held: Held) -> MachineError:
+def _refusal(fitted: Plan, plan: Plan, request: Request, machine: Machine) -> MachineError:
     cost = shortfall(fitted)
     assert cost is not None
     host = bool(plan.limits.host) and cost.host_bytes > plan.limits.host
     need, have = (cost.host_bytes, plan.limits.host) if host else (device_need(fitted, cost), plan.limits.device)
     flag = "--ram" if host or plan.device == "cpu" else "--vram"
-    fits = nearest(plan, request, held)
+    fits = nearest(plan, request, machine)
     allowed = getattr(request, flag[2:]) is not None
     where = f"{flag} allows" if allowed else f"{machine.name or machine.device} has"
     hints = [f"pass {words}" if words.startswith("--") else words for words in fits]
@@ -462,9 +459,9 @@ def device_need(plan: Plan, cost: StageCost) -> int:
     return cost.peak_bytes if plan.device == "cpu" else round(cost.peak_bytes / USABLE + CONTEXT)
 
 
-def nearest(plan: Plan, request: Request, held: Held | None = None) -> list[str]:
-    """Return what to type instead, each way really computed: without own settings, with rounded weights where `held`
-    makes them, fewer frames, a smaller size.
+def nearest(plan: Plan, request: Request, machine: Machine) -> list[str]:
+    """Return what to type instead, each way really computed: without own settings, with rounded weights, fewer
+    frames, a smaller size.
     """
     found = []
     own = [field for field in FREED if field in plan.limits.given]
@@ -472,10 +469,9 @@ def nearest(plan: Plan, request: Request, held: Held | None = None) -> list[str]
         freed = request.model_copy(update=dict.fromkeys(own))
         bare = plan.model_copy(update={"tile": None, "vae_cache": "device"})
         if not shortfall(_fitted(_as_asked(bare, freed), freed)):
-            words = ", ".join("--" + field.replace("_", "-") for field in own)
-            found.append(f"leave out {words}: what the plan chooses fits")
-    if held is not None and request.precision != "reference":  # in which nothing is rounded
-        found += _rounded(plan, request, held)
+            found.append(f"leave out {_flags(own)}: what the plan chooses fits")
+    if request.precision != "reference":  # in which nothing is rounded
+        found += _rounding(plan, request, machine)
     fewer = range(plan.frames - 4, 0, -4) if not plan.clips else range(0)  # a clip has the length its model has
     frames = _largest(fewer, lambda n: resized(plan, n, plan.width, plan.height), request)
     if frames is not None:
@@ -488,14 +484,20 @@ def nearest(plan: Plan, request: Request, held: Held | None = None) -> list[str]
     return found
 
 
-def _rounded(plan: Plan, request: Request, held: Held) -> list[str]:
+def _rounding(plan: Plan, request: Request, machine: Machine) -> list[str]:
     """The least that has to be rounded, if it is enough; int8 where fp8 numbers, multiplied as they are, take more."""
-    free = [fields for fields in ROUNDED if all(getattr(request, field) is None for field in fields)]
-    for fields, kind in product(free, ("fp8", "int8")):
-        asked = request.model_copy(update=dict.fromkeys(fields, kind))
-        with suppress(RequestError):  # a file that is quantised already
-            if not shortfall(_fitted(_as_asked(plan.model_copy(update=held(asked)), asked), asked)):
-                return [" ".join(f"--{field.replace('_', '-')} {kind}" for field in fields)]
+    held = {"quantise": list(plan.experts.values()), "quantise_text_encoder": [plan.text_encoder]}
+    plain = [fields for fields in ROUNDED if not any(ref.quantisation for field in fields for ref in held[field])]
+    ways: tuple[Quantise, ...] = ("fp8", "int8")
+    for fields, how in product(plain, ways):
+        update: dict[str, Any] = {}
+        if "quantise" in fields:
+            refs = {expert: rounded(ref, how) for expert, ref in plan.experts.items()}
+            update["experts"] = multiplied(refs, request, machine, [])
+        if "quantise_text_encoder" in fields:
+            update["text_encoder"] = rounded(plan.text_encoder, how)
+        if not shortfall(_fitted(plan.model_copy(update=update), request)):
+            return [" ".join(f"--{field.replace('_', '-')} {how}" for field in fields)]
     return []
 
 
@@ -527,17 +529,23 @@ def resized(plan: Plan, frames: int, width: int, height: int) -> Plan:
     return plan.model_copy(update=shape)
 
 
-def smaller(plan: Plan, stage: str, free: int) -> list[str]:
+def smaller(plan: Plan, stage: str, machine: Machine) -> list[str]:
     """Return what to type where `stage` ran out of memory though the plan fitted: a limit that leaves room, or less.
 
-    free   bytes of the device that there are once everything is dropped.
+    machine   as it is once everything is dropped.
     """
-    flag = "--ram" if plan.device == "cpu" else "--vram"
+    flag, free = "--ram" if plan.device == "cpu" else "--vram", machine.memory_free
     reached = next((device_need(plan, cost) for cost in costs(plan) if cost.stage == stage), free)
     limit = int(min(free or reached, 0.85 * reached))
-    request = plan.request.model_copy(update=dict.fromkeys(("vram", "ram", *plan.limits.given)))
+    own = [field for field in FREED if field in plan.limits.given]
+    request = plan.request.model_copy(update=dict.fromkeys(own))
     tight = plan.limits.model_copy(update={"device": limit, "given": ()})
     tight_plan = _as_asked(plan.model_copy(update={"limits": tight, "tile": None}), request)
+    within = f"{flag} {limit / 1e9:.2f}GB" + (f" without {_flags(own)}" if own else "")
     if not shortfall(_fitted(tight_plan, request)):
-        return [f"{flag} {limit / 1e9:.2f}GB"]
-    return nearest(tight_plan, request)
+        return [within]
+    return [f"{words} {within}" for words in nearest(tight_plan, request, machine)]
+
+
+def _flags(fields: Sequence[str]) -> str:
+    return ", ".join("--" + field.replace("_", "-") for field in fields)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 from kinema.errors import RequestError
@@ -20,7 +19,7 @@ from kinema.planning.cost import estimate
 from kinema.planning.flux import flux_images, plan_flux
 from kinema.planning.geometry import LATENT_CHANNELS, PATCH, SPATIAL_STRIDE, latent_frames
 from kinema.planning.inputs import plan_concat, plan_images, plan_videos
-from kinema.planning.lora import Loras, plan_loras, step_strengths, with_loras, with_preset
+from kinema.planning.lora import plan_loras, step_strengths, with_loras, with_preset
 from kinema.planning.memory import fit
 from kinema.planning.one_frame import plan_one_frame
 from kinema.planning.outputs import plan_output
@@ -100,7 +99,6 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         check_audio_encoder(facts)
     if driven or (animated and animated.sound):
         note_mute_outputs(output.kinds, notes)
-    held = partial(_held, entry, facts, precision, loras)
     plan = Plan(
         kinema=VERSION,
         request=request,
@@ -108,7 +106,8 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         title=entry.title,
         licence=entry.licence,
         task=task,
-        **held(request, notes),
+        experts=with_loras(_experts(request, entry, facts, precision, notes), loras, request),
+        text_encoder=_text_encoder(request, facts, precision, notes),
         vae=_ref(facts.files["vae"], facts.machine, "float32"),
         clip_vision=_clip(entry, facts, precision),
         loras=loras.reports,
@@ -149,7 +148,7 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         output=output,
         notes=tuple(notes),
     )
-    fitted = fit(animated.applied(plan) if animated else plan, request, facts.machine, held)
+    fitted = fit(animated.applied(plan) if animated else plan, request, facts.machine)
     return fitted.model_copy(update={"costs": estimate(fitted, facts.machine)})
 
 
@@ -341,22 +340,6 @@ def _dtype(precision: Precision, machine: Machine) -> Any:
     return "bfloat16" if precision == "fast" and machine.bfloat16 else "float32"
 
 
-def _held(
-    entry: CatalogEntry,
-    facts: Facts,
-    precision: Precision,
-    loras: Loras,
-    request: Request,
-    notes: list[Note] | None = None,
-) -> dict[str, Any]:
-    """The recipes whose weights a request may have rounded."""
-    notes = [] if notes is None else notes
-    return {
-        "experts": with_loras(_experts(request, entry, facts, precision, notes), loras, request),
-        "text_encoder": _text_encoder(request, facts, precision, notes),
-    }
-
-
 def _experts(
     request: Request, entry: CatalogEntry, facts: Facts, precision: Precision, notes: list[Note]
 ) -> dict[Expert, ModelRef]:
@@ -411,6 +394,7 @@ def _ref(
         quantisation=file.quantisation,
         packed_parameters=file.packed_parameters,
         packed_bytes=file.packed_bytes,
+        matrix_parameters=file.matrix_parameters,
         stored=file.dtype,
         blocks=file.blocks,
         float32_parameters=file.float32_parameters if dtype != "float32" else 0,

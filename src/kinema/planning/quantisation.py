@@ -42,13 +42,17 @@ def quantised(ref: ModelRef, file: FileFacts, wanted: Quantise | None, field: st
             field=field,
             got=wanted,
         )
-    packed = round(file.matrix_parameters * BITS[wanted] / 8)
     share = file.matrix_parameters / max(1, file.parameters)
     text = f"{share:.0%} of the weights of {file.path.name} are rounded to {wanted} when loaded"
     notes.append(Note(about=field, text=text))
-    return ref.model_copy(
-        update={"quantisation": wanted, "packed_parameters": file.matrix_parameters, "packed_bytes": packed}
-    )
+    return rounded(ref, wanted)
+
+
+def rounded(ref: ModelRef, how: Quantise) -> ModelRef:
+    """Return the recipe of a plain file, its large matrices rounded when they are loaded."""
+    count = ref.matrix_parameters
+    packed = {"packed_parameters": count, "packed_bytes": round(count * BITS[how] / 8)}
+    return ref.model_copy(update={"quantisation": how, **packed})
 
 
 def multiplied(

@@ -80,11 +80,6 @@ def memory(device: str) -> tuple[int, int]:
     return min(ram.total, limit), max(min(ram.available, limit - used), 0)
 
 
-def free_memory(device: str) -> int:
-    """Return the free bytes of a device."""
-    return memory(device)[1]
-
-
 def num_cores() -> int:
     """Return how many cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
@@ -139,9 +134,9 @@ def _multiplies_fp8(device: torch.device) -> bool:
     """Whether a GPU multiplies fp8 with a scale a row, found by doing it: cards and versions of torch differ."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         return False
-    ones = torch.ones(32, 32, device=device).to(torch.float8_e4m3fn)
-    scale = torch.full((32, 1), 0.5, device=device)
     try:
+        ones = torch.ones(32, 32, device=device).to(torch.float8_e4m3fn)
+        scale = torch.full((32, 1), 0.5, device=device)
         product = torch._scaled_mm(ones, ones.t(), scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
         return bool((product == 8).all())
     except RuntimeError:

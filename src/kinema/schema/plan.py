@@ -19,7 +19,7 @@ class ModelRef(Frozen):
     fp8_matmul    multiply fp8 matrices as they are, activations rounded to fp8 row by row.
     loras            those it has, in order; lora_bytes is their memory where they are held beside the weights.
     stored           dtype of most of the file.
-    blocks, float32_parameters   as in FileFacts.
+    matrix_parameters, blocks, float32_parameters   as in FileFacts.
     resident_blocks  how many blocks stay on the device, the others being streamed; None: the model is there as a whole.
     ffn_tokens       tokens that pass a feed-forward at once; None: all.
     """
@@ -36,6 +36,7 @@ class ModelRef(Frozen):
     quantisation: str = ""
     packed_parameters: int = 0
     packed_bytes: int = 0
+    matrix_parameters: int = 0
     fp8_matmul: bool = False
     attention: str = "sdpa"
     tokenizer: Path | None = None
