@@ -10,8 +10,8 @@ import pytest
 from kinema.catalog import load_catalog
 from kinema.errors import MachineError, RequestError
 from kinema.planning import memory
-from kinema.schema import FileFacts, Machine, Plan
-from plan.world import MACHINE, files_of, plan
+from kinema.schema import FileFacts, Machine, MediaFacts, Plan
+from plan.world import CATALOG, MACHINE, files_of, image, plan, sound, video
 
 MODEL = "wan2.1-t2v-1.3b"
 ABLE = MACHINE.model_copy(update={"fp8_matmul": True})
@@ -92,6 +92,36 @@ def test_memory_that_runs_out_names_rounding_as_a_refused_plan_does() -> None:
     assert all(re.fullmatch(r"--vram \d+\.\d\dGB", words) for words in fits(roomy, quantise="fp8"))
     (words,) = fits(roomy, quantise="fp8", tile=256, vae_cache="cpu")
     assert words.endswith("GB without --vae-cache, --tile")
+
+
+@pytest.mark.parametrize(
+    ("model", "media"),
+    [
+        ("wan2.1-vace-14b", {"reference": image(1280, 720)}),
+        ("wan2.2-animate-14b", {"reference": image(720, 1280), "pose": video(1280, 720, 400, 30),
+                                "face": video(512, 512, 400, 30)}),
+        ("wan2.2-s2v-14b", {"reference": image(1280, 720), "audio": sound(30.0)}),
+    ],
+)  # fmt: skip
+def test_the_size_that_is_named_is_the_largest_that_fits(model: str, media: dict[str, MediaFacts]) -> None:
+    """Of latents that hold more than the video's frames, or a clip of them."""
+    files = {role: one.model_copy(update={"blocks": (345_000_000,) * 40}) if "dit" in one.component else one
+             for role, one in files_of(CATALOG[model]).items()}  # fmt: skip
+    facts = {"files": files, "machine": MACHINE.model_copy(update={"memory_free": 8 * 10**9})}
+    with pytest.raises(MachineError) as caught:
+        plan(model, media, facts=facts)
+    (named,) = (words.split()[1] for words in caught.value.details["fits"] if "--size" in words)
+    assert plan(model, media, facts=facts, size=named)
+    width, height = (int(side) for side in named.split("x"))
+    step = 64 if "s2v" in model else 16
+    with pytest.raises(MachineError):
+        plan(model, media, facts=facts, size=f"{width + 2 * step}x{height + 2 * step}")
+
+
+def test_where_the_host_is_short_it_is_the_host_that_is_named() -> None:
+    machine = MACHINE.model_copy(update={"memory_free": 10**10, "ram_free": 10**9})
+    with pytest.raises(MachineError, match=r"the host has 1\.0 GB"):
+        plan(MODEL, facts=with_files(machine))
 
 
 def test_a_file_that_is_quantised_is_not_told_to_be_rounded() -> None:

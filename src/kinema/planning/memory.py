@@ -15,7 +15,7 @@ from kinema.errors import MachineError, RequestError
 from kinema.planning import activations, flux_cost
 from kinema.planning.flux import rows_beside
 from kinema.planning.flux_cost import is_flux
-from kinema.planning.geometry import SPEECH_MULTIPLE
+from kinema.planning.geometry import SPEECH_MULTIPLE, TEMPORAL_STRIDE
 from kinema.planning.inputs import encoded_latent_frames, encodes
 from kinema.planning.quantisation import multiplied, rounded, unpacking_bytes
 from kinema.schema import Expert, Limits, Machine, ModelRef, Note, Plan, Quantise, Request, StageCost
@@ -442,7 +442,7 @@ def _refusal(fitted: Plan, plan: Plan, request: Request, machine: Machine) -> Ma
     flag = "--ram" if host or plan.device == "cpu" else "--vram"
     fits = nearest(plan, request, machine)
     allowed = getattr(request, flag[2:]) is not None
-    where = f"{flag} allows" if allowed else f"{machine.name or machine.device} has"
+    where = f"{flag} allows" if allowed else f"{'the host' if host else machine.name or machine.device} has"
     hints = [f"pass {words}" if words.startswith("--") else words for words in fits]
     return MachineError(
         f"{cost.stage} needs about {need / 1e9:.1f} GB at the least; {where} {have / 1e9:.1f} GB",
@@ -520,7 +520,8 @@ def _largest(values: Sequence[int], variant: Callable[[int], Plan], request: Req
 def resized(plan: Plan, frames: int, width: int, height: int) -> Plan:
     """Return the plan for another shape, as far as memory is concerned."""
     stride = plan.height // plan.latent[2]
-    latent = (plan.latent[0], (frames - 1) // 4 + 1, height // stride, width // stride)
+    depth = plan.latent[1] + (frames - plan.frames) // TEMPORAL_STRIDE
+    latent = (plan.latent[0], depth, height // stride, width // stride)
     area = latent[2] * latent[3] / (plan.latent[2] * plan.latent[3])
     per_frame = plan.latent[2] * plan.latent[3] // 4
     beside = plan.tokens - plan.latent[1] * per_frame  # of adapters
