@@ -253,7 +253,7 @@ def _hub_places(environment: Mapping[str, str]) -> dict[str, Any]:
         "modelscope": environment.get("MODELSCOPE_ENDPOINT", "").rstrip("/"),
         "token": SecretStr(token) if token else None,
     }
-    hub = Hub(token_file=Path(environment.get("HF_TOKEN_PATH") or home / "token"))
+    hub = Hub(token_file=Path(environment.get("HF_TOKEN_PATH") or home / "token").expanduser())
     hub = hub.model_copy(update={name: value for name, value in named.items() if value})
     return {"hub": hub, "hub_caches": (Path(environment.get("HF_HUB_CACHE") or home / "hub").expanduser(),)}
 

@@ -96,6 +96,11 @@ def test_every_field_has_its_variable(home: Path):
     assert make_request(found.defaults) == Request(guidance_high=4, overwrite=True, output=("mp4", "latents"))
 
 
+def test_home_is_meant_in_the_variables_of_the_hub(home: Path):
+    hub = configure({"HF_HOME": "~/hub", "HF_TOKEN_PATH": "~/token"}).settings
+    assert hub.hub.token_file == Path.home() / "token" and hub.hub_caches == (Path.home() / "hub/hub",)
+
+
 def test_an_empty_variable_is_not_set(home: Path):
     assert configure({"KINEMA_STEPS": "", "KINEMA_CONFIG": "", "KINEMA_MODELS": ""}).sources["models"] == "default"
 

@@ -203,6 +203,18 @@ def test_one_frame_is_an_image() -> None:
     assert made.output.paths[0][0].name == "a-cat-walks-on-grass-7.png"
 
 
+def test_so_short_a_time_is_an_image_too() -> None:
+    assert plan("wan2.1-t2v-14b", seconds=0.01).task == "text to image"
+
+
+@pytest.mark.parametrize("steps", [3, 9, 30, 50])
+def test_the_strength_that_is_named_leaves_a_step(steps: int) -> None:
+    with pytest.raises(RequestError, match="leaves none to run") as caught:
+        plan("wan2.1-t2v-1.3b", {"video": video()}, steps=steps, strength=0.001)
+    made = plan("wan2.1-t2v-1.3b", {"video": video()}, steps=steps, strength=caught.value.details["nearest"])
+    assert len(made.steps) == 1
+
+
 def test_seeds_count_up_and_have_their_own_files() -> None:
     made = plan("wan2.1-t2v-1.3b", count=3, save=Path("out/cat.mp4"))
     assert made.seeds == (7, 8, 9)
@@ -266,6 +278,7 @@ REFUSED = [
     ("wan2.1-t2v-1.3b", {"tile": 100}, "tile 100 is not a multiple of 16 from 64 up; nearest is 96"),
     ("wan2.2-ti2v-5b", {"tile": 96}, "tile 96 is not a multiple of 32 from 128 up; nearest is 128"),
     ("wan2.2-i2v-a14b", {"images": FIRST, "frames": 1}, "leaves nothing to make"),
+    ("wan2.2-i2v-a14b", {"images": {"middle": image(1600, 900)}, "frames": 1}, "leaves nothing to make"),
 ]
 
 

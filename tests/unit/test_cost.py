@@ -111,6 +111,13 @@ def test_seconds_come_from_the_nearest_size_measured():
     assert cost.predict_seconds(4e12, calibration, "decode") is None
 
 
+def test_texts_of_flux_cost_what_padding_makes_of_them():
+    from plan.world import plan
+
+    short, long = (cost.work(plan("flux.1-dev", prompt="a cat" * count))["encode text"] for count in (1, 200))
+    assert short == long == cost.text_encoder_flops(plan("flux.1-dev").text_encoder.config, 512)
+
+
 def test_a_plan_is_priced_stage_by_stage():
     from plan.world import plan
 

@@ -39,7 +39,8 @@ def work(plan: Plan) -> dict[str, float]:
     Stages the plan lacks are left out.
     """
     texts = [plan.prompt, *([plan.negative] if any(step.guidance != 1.0 for step in plan.steps) else [])]
-    tokens = [min(len(text.encode()) / 4 + 2, plan.text_len) for text in texts]  # about 4 bytes a token
+    least = plan.text_len if plan.text_encoder.component == "t5" else 0  # whose texts are padded
+    tokens = [min(max(least, len(text.encode()) / 4 + 2), plan.text_len) for text in texts]  # about 4 bytes a token
     _, frames, height, width = plan.latent
     amounts = {"encode text": sum(text_encoder_flops(plan.text_encoder.config, count) for count in tokens)}
     seen = sum(image.clip for image in plan.images)

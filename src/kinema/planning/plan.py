@@ -68,7 +68,6 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     check_speech(request, entry)
     check_animate(request, entry)
     animated = plan_animated(request, entry, facts, notes) if entry.structure.get("animate") else None
-    task = _task(request, entry)
     width, height = animated.size if animated else plan_size(request, entry, facts, notes)
     driven = plan_speech(request, entry, facts, notes) if entry.structure.get("speech") else None
     one_frame = plan_one_frame(request, entry, notes)
@@ -105,7 +104,7 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         model=entry.name,
         title=entry.title,
         licence=entry.licence,
-        task=task,
+        task=_task(request, entry, frames),
         experts=with_loras(_experts(request, entry, facts, precision, notes), loras, request),
         text_encoder=_text_encoder(request, facts, precision, notes),
         vae=_ref(facts.files["vae"], facts.machine, "float32"),
@@ -158,7 +157,7 @@ def _tokens(latent: tuple[int, int, int, int], dit: FileFacts, motion: bool) -> 
     return frames * (rows // PATCH) * (columns // PATCH) + tokens_beside(dit.config, rows, columns, motion=motion)
 
 
-def _task(request: Request, entry: CatalogEntry) -> str:
+def _task(request: Request, entry: CatalogEntry, frames: int) -> str:
     if entry.structure.get("speech"):
         return "speech to video"
     if entry.family == "flux":
@@ -177,7 +176,7 @@ def _task(request: Request, entry: CatalogEntry) -> str:
         return "inpainting" if request.mask else "outpainting" if request.outpaint else "extension"
     if request.reference:
         return "reference to video"
-    if request.frames == 1:
+    if frames == 1:
         return "text to image"
     if request.middle:
         return "given frames to video"

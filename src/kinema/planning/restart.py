@@ -5,6 +5,7 @@ Source of the rule: huggingface/diffusers pipelines/wan/pipeline_wan_video2video
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from kinema.errors import RequestError
@@ -53,13 +54,13 @@ def last_steps(steps: Sequence[PlanStep], strength: float, notes: list[Note]) ->
     """
     count = int(len(steps) * strength + 1e-9)
     if not count:
-        least = 1 / len(steps)
+        least = math.ceil(1000 / len(steps)) / 1000
         raise RequestError(
             f"strength {strength:g} of {len(steps)} steps leaves none to run",
-            f"pass --strength {least:.3g} or more, or more --steps",
+            f"pass --strength {least:g} or more, or more --steps",
             field="strength",
             got=strength,
-            nearest=round(least, 3),
+            nearest=least,
         )
     run = list(steps[-count:])
     text = f"the last {count} of {len(steps)} steps are run, from sigma {run[0].sigma:.4f} on"

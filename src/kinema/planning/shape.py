@@ -100,7 +100,7 @@ def plan_length(request: Request, entry: CatalogEntry, facts: Facts, notes: list
             allowed="4n+1",
             nearest=near[0],
         )
-    if (request.first or request.last) and frames == 1 and entry.family == "wan":
+    if (request.first or request.last or request.middle) and frames == 1 and entry.family == "wan":
         raise RequestError(
             "frames 1 leaves nothing to make beside the given image; at least 5 are needed",
             f"pass --frames {entry.frames}",

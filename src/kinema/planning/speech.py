@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kinema.errors import CheckpointError, RequestError
+from kinema.planning.geometry import frames_shown
 from kinema.schema import (
     CatalogEntry,
     ClipPlan,
@@ -197,7 +198,7 @@ def _pose(facts: Facts, frames: int, fps: float, notes: list[Note]) -> Path | No
         return None
     if pose.kind != "video" or not pose.frames:
         raise RequestError(f"{pose.path} is no video", "pass --pose VIDEO", field="pose", got=str(pose.path))
-    there = pose.frames if pose.fps is None else math.floor(pose.frames / pose.fps * fps)
+    there = frames_shown(pose, fps)
     if pose.fps and abs(pose.fps - fps) > 0.01:
         notes.append(Note(about="pose", text=f"{pose.path.name} ({pose.fps:g} fps) is read at {fps:g} fps, by time"))
     if there < frames:
