@@ -26,10 +26,9 @@ from kinema.media.image import read_image
 from kinema.media.probe import probe
 from kinema.media.speaking import speak
 from kinema.models.tokenizer import ClipTokenizer, Tokenizer
-from kinema.planning import MEDIA_FIELDS, check_media, output_folder
+from kinema.planning import MEDIA_FIELDS, check_request, output_folder
 from kinema.planning.camera import is_pose_file
 from kinema.planning.inputs import split_place
-from kinema.planning.speech import check_speech
 from kinema.provision import judge, lacking, provide
 from kinema.runtime.machine import probe_machine
 from kinema.schema import CatalogEntry, Component, Facts, FileFacts, Machine, MediaFacts, Note, Request, Settings
@@ -80,7 +79,7 @@ def survey(
     catalog = load_catalog(settings.catalogs)
     named = find_entry(request.model, catalog) if request.model and not _is_folder(request.model) else None
     if named is not None:
-        check_media(request, named)
+        check_request(request, named)
     machine = probe_machine(request.device, settings.cache / "calibration.json" if settings.cache else None)
     paths, notes = _locate(request, named, settings, machine)
     files = {role: _inspect(role, path) for role, path in paths.items() if role in COMPONENTS}
@@ -94,7 +93,7 @@ def survey(
             name=entry.name,
             missing=lacking,
         )
-    check_media(request, entry)
+    check_request(request, entry)
     folder = output_folder(request)
     if request.save and request.save.suffix:
         _check_no_folder("save", request.save, "video.mp4")
@@ -119,7 +118,7 @@ def survey(
             field: tuple(promised.get(path) or _media(field, path, entry) for path in _given(request, field))
             for field in MEDIA_FIELDS
         }
-        | _spoken(request, entry, settings),
+        | _spoken(request, settings),
         machine=machine,
         notes=notes + widened,
         cut=_cut(request, _load_tokenizer(files["text_encoder"], tokenizer), entry.text_len),
@@ -422,9 +421,8 @@ def _media(field: str, path: Path, entry: CatalogEntry) -> MediaFacts:
     return read_image(path)[1] if still else probe(path)
 
 
-def _spoken(request: Request, entry: CatalogEntry, settings: Settings) -> dict[str, tuple[MediaFacts, ...]]:
+def _spoken(request: Request, settings: Settings) -> dict[str, tuple[MediaFacts, ...]]:
     """The sound of `speech_text`, asked of a service the first time and kept: the one place that uses a network."""
-    check_speech(request, entry)
     if not request.speech_text or not request.speech_url:
         return {}
     folder = settings.cache / "speech" if settings.cache else output_folder(request)

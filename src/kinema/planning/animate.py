@@ -70,19 +70,6 @@ class Animated:
         )
 
 
-def check_animate(request: Request, entry: CatalogEntry) -> None:
-    """Raise RequestError for what means something to Animate alone."""
-    for field in ("overlap", "keep_audio"):
-        value = getattr(request, field)
-        if value and not entry.structure.get("animate"):
-            raise RequestError(
-                f"{field} means nothing to {entry.name}: it is not made of a driving video",
-                f"leave out --{field.replace('_', '-')}, or take wan2.2-animate-14b",
-                field=field,
-                got=value,
-            )
-
-
 def plan_animated(request: Request, entry: CatalogEntry, facts: Facts, notes: list[Note]) -> Animated:
     """Return what follows from the driving videos of a request.
 
@@ -222,13 +209,6 @@ def _size(request: Request, entry: CatalogEntry, pose: MediaFacts, notes: list[N
 
 
 def _frames(request: Request, pose: MediaFacts, fps: float) -> int:
-    if request.frames is not None and request.seconds is not None:
-        raise RequestError(
-            f"frames {request.frames} and seconds {request.seconds} both say how long; give one",
-            "leave out --frames or --seconds",
-            field="seconds",
-            got=request.seconds,
-        )
     shown = frames_shown(pose, fps)
     asked = request.frames or (max(1, round(request.seconds * fps)) if request.seconds else shown)
     if asked > shown:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from kinema.errors import CheckpointError, RequestError
 from kinema.planning.flux import PARTS as FLUX_PARTS
 from kinema.planning.flux import check_flux
 from kinema.planning.geometry import LATENT_CHANNELS
 from kinema.planning.inputs import makes_its_own
+from kinema.planning.speech import check_speech
 from kinema.schema import CatalogEntry, Facts, FileFacts, Request
 
 VAE_FILES = {"wan2.1": "wan_2.1_vae.safetensors", "wan2.2": "wan2.2_vae.safetensors", "flux": "ae.safetensors"}
 
-MEDIA_FIELDS = tuple(
-    name
-    for name, field in Request.model_fields.items()
-    if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("group") == "media"
-)
+
+def _group(name: str) -> tuple[str, ...]:
+    """The Request fields of one group of options."""
+    return tuple(field for field, info in Request.model_fields.items() if info.json_schema_extra == {"group": name})
 
 
-def check_media(request: Request, entry: CatalogEntry) -> None:
-    """Raise RequestError for a medium the model does not take, or one it needs and was not given."""
+MEDIA_FIELDS, SPEECH_FIELDS = _group("media"), _group("speech")
+
+
+def check_request(request: Request, entry: CatalogEntry) -> None:
+    """Raise RequestError for what the model does not take, what it needs and was not given, and what contradicts."""
     for field in MEDIA_FIELDS:
         value = getattr(request, field)
         if value and field not in entry.takes:
@@ -42,8 +47,16 @@ def check_media(request: Request, entry: CatalogEntry) -> None:
                 field=field,
                 got=None,
             )
-    _check_video_options(request, entry)
-    _check_motion(request, entry)
+    for fields, why, hint in _idle(entry):
+        for field in fields:
+            value = getattr(request, field)
+            if value is not None and value is not False:
+                said = "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
+                message = f"{entry.name} {why}: --{field.replace('_', '-')}{said} means nothing to it"
+                raise RequestError(message, hint, field=field, got=str(value))
+    if entry.structure.get("speech"):
+        check_speech(request, entry)
+    _check_together(request, entry)
 
 
 def _stands_in(field: str, request: Request, entry: CatalogEntry) -> bool:
@@ -55,16 +68,29 @@ def _stands_in(field: str, request: Request, entry: CatalogEntry) -> bool:
     return field == "first" and "middle" in entry.takes and bool(request.last or request.middle)
 
 
-def _check_video_options(request: Request, entry: CatalogEntry) -> None:
+def _idle(entry: CatalogEntry) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Request fields that mean nothing to a model: they, why, and what to do."""
+    if not entry.structure.get("vace"):
+        yield ("control_scale",), "has no control to weigh", "leave it out, or take a VACE model"
+    if "motion_bucket_id" not in entry.takes:
+        hint = "leave it out, or take wan2.1-t2v-1.3b, the one model it was trained for"
+        yield ("motion_bucket_id", "motion_controller"), "has no motion controller", hint
+    if "high" not in entry.experts:
+        hint = "leave it out, or take a two-expert model such as wan2.2-t2v-a14b"
+        yield ("dit_high", "guidance_high", "boundary"), "has one expert", hint
+    if entry.family != "flux":
+        yield ("clip_text", "clip_tokenizer", "redux"), "is no FLUX model", "leave it out"
+        yield ("true_guidance",), "is no FLUX model", "leave it out; --guidance runs the negative prompt"
+    if not entry.structure.get("speech"):
+        yield SPEECH_FIELDS, "is not driven by sound", "leave it out, or take wan2.2-s2v-14b"
+    if not entry.structure.get("animate"):
+        hint = "leave it out, or take wan2.2-animate-14b"
+        yield ("overlap", "keep_audio"), "is not made of a driving video", hint
+
+
+def _check_together(request: Request, entry: CatalogEntry) -> None:
     """Raise for what means nothing without, or beside, something else."""
     vace = bool(entry.structure.get("vace"))
-    if request.control_scale is not None and not vace:
-        raise RequestError(
-            f"{entry.name} has no control to weigh: --control-scale {request.control_scale:g} means nothing to it",
-            "leave it out, or take a VACE model",
-            field="control_scale",
-            got=request.control_scale,
-        )
     if request.mask and not makes_its_own(entry) and not (request.video or (vace and request.control)):
         raise RequestError(
             f"mask {request.mask} masks nothing: no video was given",
@@ -87,19 +113,13 @@ def _check_video_options(request: Request, entry: CatalogEntry) -> None:
             got=len(request.reference),
             allowed=1,
         )
-
-
-def _check_motion(request: Request, entry: CatalogEntry) -> None:
-    """Raise for a motion controller where the model has none, and for one that is told nothing."""
-    for field in ("motion_bucket_id", "motion_controller"):
-        value = getattr(request, field)
-        if value is not None and "motion_bucket_id" not in entry.takes:
-            raise RequestError(
-                f"{entry.name} has no motion controller: --{field.replace('_', '-')} {value} means nothing to it",
-                "leave it out, or take wan2.1-t2v-1.3b, the one model it was trained for",
-                field=field,
-                got=str(value),
-            )
+    if request.frames is not None and request.seconds is not None:
+        raise RequestError(
+            f"frames {request.frames} and seconds {request.seconds} both say how long; give one",
+            "leave out --frames or --seconds",
+            field="seconds",
+            got=request.seconds,
+        )
     if request.motion_controller and request.motion_bucket_id is None:
         raise RequestError(
             f"motion_controller {request.motion_controller} is not told how much is to move",
@@ -145,16 +165,7 @@ def check_components(request: Request, entry: CatalogEntry, facts: Facts) -> Non
     """Raise unless the files found are the parts of this model and fit each other."""
     _check_family(request, entry, facts)
     two = "high" in entry.experts
-    for field in ("dit_high", "guidance_high", "boundary"):
-        value = getattr(request, field)
-        if not two and value is not None:
-            raise RequestError(
-                f"{entry.name} has one expert: --{field.replace('_', '-')} {value} means nothing to it",
-                "leave it out, or take a two-expert model such as wan2.2-t2v-a14b",
-                field=field,
-                got=str(value),
-            )
-    for role in ("dit", "dit_high") if two else ("dit",):
+    for role in entry.dit_roles:
         _check_dit(entry, facts.files[role], role)
     if two and facts.files["dit"].files == facts.files["dit_high"].files:
         raise RequestError(
@@ -215,7 +226,7 @@ def check_components(request: Request, entry: CatalogEntry, facts: Facts) -> Non
 
 
 def _check_family(request: Request, entry: CatalogEntry, facts: Facts) -> None:
-    """Raise for parts of FLUX in a Wan model and the other way about, and for fields of the other family."""
+    """Raise for parts of FLUX in a Wan model and the other way about, and for what FLUX's images cannot have."""
     if entry.family == "flux":
         check_flux(request, entry, facts)
         return
@@ -226,15 +237,6 @@ def _check_family(request: Request, entry: CatalogEntry, facts: Facts) -> None:
                 f"pass the {role.replace('_', ' ')} of {entry.name} with --{role.replace('_', '-')}",
                 path=str(file.path),
                 found=file.component,
-            )
-    for field in ("clip_text", "clip_tokenizer", "redux", "true_guidance"):
-        value = getattr(request, field)
-        if value is not None:
-            raise RequestError(
-                f"{entry.name} is no FLUX model: --{field.replace('_', '-')} {value} means nothing to it",
-                "leave it out" + ("; --guidance runs the negative prompt" if field == "true_guidance" else ""),
-                field=field,
-                got=str(value),
             )
 
 

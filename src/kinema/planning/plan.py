@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from kinema.errors import RequestError
 from kinema.planning.activations import tokens_beside
-from kinema.planning.animate import check_animate, plan_animated
+from kinema.planning.animate import plan_animated
 from kinema.planning.camera import plan_camera
-from kinema.planning.checks import MEDIA_FIELDS, check_components, check_media
+from kinema.planning.checks import MEDIA_FIELDS, check_components, check_request
 from kinema.planning.cost import estimate
 from kinema.planning.flux import flux_images, plan_flux
 from kinema.planning.geometry import LATENT_CHANNELS, PATCH, SPATIAL_STRIDE, latent_frames
@@ -28,7 +28,6 @@ from kinema.planning.restart import last_steps, plan_strength, starts_from_video
 from kinema.planning.shape import plan_length, plan_size, plan_tile
 from kinema.planning.speech import (
     check_audio_encoder,
-    check_speech,
     note_mute_outputs,
     plan_reference,
     plan_speech,
@@ -63,10 +62,8 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     apart from that the same arguments give the same plan.
     """
     notes: list[Note] = list(facts.notes)
-    check_media(request, entry)
+    check_request(request, entry)
     check_components(request, entry, facts)
-    check_speech(request, entry)
-    check_animate(request, entry)
     animated = plan_animated(request, entry, facts, notes) if entry.structure.get("animate") else None
     width, height = animated.size if animated else plan_size(request, entry, facts, notes)
     driven = plan_speech(request, entry, facts, notes) if entry.structure.get("speech") else None

@@ -71,13 +71,6 @@ def _check_sides(width: int, height: int, multiple: int) -> None:
 
 
 def plan_length(request: Request, entry: CatalogEntry, facts: Facts, notes: list[Note]) -> tuple[int, float]:
-    if request.frames is not None and request.seconds is not None:
-        raise RequestError(
-            f"frames {request.frames} and seconds {request.seconds} both say how long; give one",
-            "leave out --frames or --seconds",
-            field="seconds",
-            got=request.seconds,
-        )
     fps = request.fps or entry.fps
     if request.one_frame:
         return _one(request), fps

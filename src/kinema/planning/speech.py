@@ -38,8 +38,6 @@ SHORT_CLIP = 0.5
 """Seconds: a last clip that shows less is worth a word."""
 
 SOUND_KINDS: tuple[OutputKind, ...] = ("mp4", "webm")
-SPEECH_FIELDS = ("clips", "start_from_reference", "speech_text", "speech_voice", "speech_model", "speech_url")
-"""Request fields that mean something to speech-driven models alone."""
 
 
 class Driven(NamedTuple):
@@ -52,19 +50,7 @@ class Driven(NamedTuple):
 
 
 def check_speech(request: Request, entry: CatalogEntry) -> None:
-    """Raise RequestError for fields of speech given to another model, and for those that contradict each other."""
-    driven = bool(entry.structure.get("speech"))
-    for field in SPEECH_FIELDS:
-        value = getattr(request, field)
-        if value and not driven:
-            raise RequestError(
-                f"{entry.name} is not driven by sound: --{field.replace('_', '-')} means nothing to it",
-                "leave it out, or take wan2.2-s2v-14b",
-                field=field,
-                got=str(value),
-            )
-    if not driven:
-        return
+    """Raise RequestError for what contradicts in a request to a speech-driven model."""
     if request.speech_text and request.audio:
         raise RequestError(
             f"audio {request.audio} and speech_text both say what is heard",
