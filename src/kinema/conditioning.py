@@ -20,6 +20,7 @@ from kinema.media.reader import read_video
 from kinema.models.adapters.speed import MotionController
 from kinema.models.encoders import ClipVision
 from kinema.models.wan_vae import WanVAE
+from kinema.planning.geometry import whole_frames
 from kinema.schema import ImagePlan, ModelRef, OneFramePlan, Plan, VideoPlan
 from kinema.tensors import CameraConditions, Conditions, ReferenceConditions, VaceConditions
 
@@ -103,7 +104,7 @@ def read_frames(video: VideoPlan) -> Iterator[tuple[Tensor, Tensor | None]]:
     if count < video.frames:
         raise RequestError(
             f"{video.role} {video.path} ends after {count} frames at {video.fps:g} fps, not the {video.frames} planned",
-            f"pass --frames {max(1, (count - 1) // 4 * 4 + 1)}",
+            f"pass --frames {whole_frames(count)}",
             field=video.role,
             got=count,
             allowed=video.frames,

@@ -400,6 +400,22 @@ def test_5b_models_overwrite_a_first_frame_that_is_known_whole() -> None:
     assert made(video=video(704, 704, 49, 24), outpaint=True, size="1280x704") == "concat"
 
 
+@pytest.mark.parametrize("model", ["wan2.1-vace-14b", "wan2.1-fun-control-1.3b", "wan2.2-animate-14b"])
+def test_sound_alone_shows_nothing(model: str) -> None:
+    role = "pose" if "animate" in model else "control"
+    media = {**CASES["wan2.2-animate-14b"]["images"], role: sound(5.0)} if role == "pose" else {role: sound(5.0)}
+    with pytest.raises(RequestError, match=f"{role} .*voice.mp3 has sound but no picture"):
+        plan(model, media)
+
+
+@pytest.mark.parametrize(
+    ("model", "more"), [("wan2.2-i2v-a14b", {}), ("flux.1-fill-dev", {"mask": image(832, 480, "mask.png")})]
+)
+def test_of_a_video_the_last_frame_is_the_first_image(model: str, more: dict) -> None:
+    made = plan(model, {"first": video(), **more})
+    assert made.images[0].from_video and "the last of the 81 frames of video.mp4" in notes_of(made, "first")
+
+
 def test_outpainting_and_extension_are_told() -> None:
     made = plan("wan2.1-vace-14b", {"video": video(720, 1280)}, outpaint=True, size="1280x720", frames=81)
     assert made.videos[0].fit == "whole" and "shown whole inside 1280x720" in notes_of(made, "video")

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from kinema.errors import RequestError
 from kinema.planning.clips import overlapping_clips
 from kinema.planning.geometry import PATCH, frames_shown, latent_frames, size_within
+from kinema.planning.inputs import plan_image, plan_video
+from kinema.planning.shape import asked_size
 from kinema.schema import (
     AREAS,
     AnimatePlan,
@@ -187,17 +189,7 @@ def _sound(request: Request, media: Mapping[str, MediaFacts], seconds: float, no
 
 def _size(request: Request, entry: CatalogEntry, pose: MediaFacts, notes: list[Note]) -> tuple[int, int]:
     if request.size and request.size not in AREAS:
-        width, height = (int(side) for side in request.size.split("x"))
-        if width % MULTIPLE or height % MULTIPLE:
-            near = size_within(width, height, width * height)
-            raise RequestError(
-                f"size {width}x{height} does not divide: both sides must be multiples of {MULTIPLE}",
-                f"pass --size {near[0]}x{near[1]}",
-                field="size",
-                got=request.size,
-                nearest=f"{near[0]}x{near[1]}",
-            )
-        return width, height
+        return asked_size(request.size, MULTIPLE)
     limit = AREAS[request.size] if request.size else entry.size[0] * entry.size[1]
     whole = not (pose.width % MULTIPLE or pose.height % MULTIPLE)
     if whole and pose.width * pose.height <= limit:
@@ -235,11 +227,7 @@ def _reference(media: MediaFacts, width: int, height: int, notes: list[Note]) ->
     if abs(media.width * height - media.height * width) > SAME_SHAPE * media.width * height:
         text = f"{media.path.name} ({media.width}x{media.height}) is shown whole on black, {width}x{height}"
         notes.append(Note(about="reference", text=text))
-    if media.frames > 1:
-        notes.append(Note(about="reference", text=f"{media.path.name} has {media.frames} frames; the first is taken"))
-    if media.has_alpha:
-        notes.append(Note(about="reference", text=f"{media.path.name} has transparency, which is dropped"))
-    return ImagePlan(role="reference", path=media.path, width=width, height=height, crop=False, filter="bilinear")
+    return plan_image("reference", media, (width, height), notes, crop=False, filter="bilinear")
 
 
 def _video(
@@ -247,12 +235,8 @@ def _video(
 ) -> VideoPlan:
     """How one video is read; RequestError where it ends early, or is of another shape than the skeleton's."""
     facts, pose = media[role], media["pose"]
-    if not facts.width:
-        raise RequestError(
-            f"{role} {facts.path} has sound but no picture", "pass a video", field=role, got=str(facts.path)
-        )
-    still, shown = role in STILL and facts.frames == 1, frames_shown(facts, fps)
-    if still and frames > 1:
+    plan, shown = plan_video(role, facts, size, frames, fps, notes), frames_shown(facts, fps)
+    if role in STILL and plan.still and frames > 1:
         notes.append(Note(about=role, text=f"{facts.path.name} is one image: the {role} of all {frames} frames"))
     elif shown < frames:
         raise RequestError(
@@ -263,13 +247,6 @@ def _video(
             got=shown,
             allowed=frames,
         )
-    if shown > frames and not still:
-        text = f"of the {shown} frames of {facts.path.name} at {fps:g} fps the first {frames} are used"
-        notes.append(Note(about=role, text=text))
-    if facts.has_alpha:
-        notes.append(Note(about=role, text=f"{facts.path.name} has transparency, which is shown as black"))
-    if facts.fps and not still and abs(facts.fps - fps) > 0.01:
-        notes.append(Note(about=role, text=f"{facts.path.name} ({facts.fps:.4g} fps) is read at {fps:g} fps"))
     other = abs(facts.width * pose.height - facts.height * pose.width) > SAME_SHAPE * facts.width * pose.height
     if role != "face" and other:
         raise RequestError(
@@ -280,10 +257,4 @@ def _video(
             got=f"{facts.width}x{facts.height}",
             allowed=f"{pose.width}x{pose.height}",
         )
-    if abs(facts.width * size[1] - facts.height * size[0]) > SAME_SHAPE * facts.width * size[1]:
-        shape = f"{facts.path.name} ({facts.width}x{facts.height})"
-        notes.append(Note(about=role, text=f"{shape} is cropped at its centre to {size[0]}x{size[1]}"))
-    return VideoPlan(
-        role=role, path=facts.path, files=facts.files, fps=fps, frames=frames, still=still, width=size[0],
-        height=size[1],
-    )  # fmt: skip
+    return plan

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 
 from kinema.errors import RequestError
+from kinema.planning.geometry import whole_frames
 from kinema.schema import CameraPlan, CameraSegment, MediaFacts, Note
 
 STEP = 1.5 / 81
@@ -68,7 +69,7 @@ def plan_camera(
     if pose_file.frames < frames:
         raise RequestError(
             f"camera {pose_file.path} has {pose_file.frames} poses; the video has {frames} frames",
-            f"give a pose for each frame, or pass --frames {max(1, (pose_file.frames - 1) // 4 * 4 + 1)}",
+            f"give a pose for each frame, or pass --frames {whole_frames(pose_file.frames)}",
             field="camera",
             got=pose_file.frames,
             allowed=frames,

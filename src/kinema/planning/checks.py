@@ -162,7 +162,12 @@ def _who_takes(field: str) -> str:
 
 
 def check_components(request: Request, entry: CatalogEntry, facts: Facts) -> None:
-    """Raise unless the files found are the parts of this model and fit each other."""
+    """Raise unless the files found are the parts of this model and fit each other, and what is to be seen is there."""
+    for role, media in ((role, media) for role, found in facts.media.items() for media in found):
+        if media.kind == "audio" and role != "audio":
+            raise RequestError(
+                f"{role} {media.path} has sound but no picture", "pass a video", field=role, got=str(media.path)
+            )
     _check_family(request, entry, facts)
     two = "high" in entry.experts
     for role in entry.dit_roles:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 from kinema.errors import CheckpointError, RequestError
+from kinema.planning.inputs import plan_image
 from kinema.schema import (
     CatalogEntry,
     Component,
@@ -105,7 +106,7 @@ def plan_flux(request: Request, entry: CatalogEntry, facts: Facts, ref: Callable
     """Return how FLUX is told of the prompt and of images. `ref` makes the recipe of a small model, in float32."""
     has_guidance = facts.files["dit"].config["has_guidance"]
     guidance = request.guidance if request.guidance is not None else entry.guidance
-    redux = facts.files.get("redux") if request.reference and "redux" in facts.files else None
+    redux = facts.files.get("redux") if request.reference else None
     return FluxPlan(
         clip_text=ref(facts.files["clip_text"]).model_copy(update={"tokenizer": facts.clip_tokenizer}),
         guidance=guidance if has_guidance else None,
@@ -125,16 +126,10 @@ def flux_images(
             if role == "reference" and entry.kontext:
                 width, height = kontext_size(media.width, media.height, size)
                 notes.append(Note(about=role, text=f"{media.path.name} is looked at as {width}x{height}"))
-            elif (media.width * height, media.height * width) != (width * media.height, height * media.width):
+            elif media.width * height != media.height * width:
                 shape = f"{media.path.name} ({media.width}x{media.height})"
                 notes.append(Note(about=role, text=f"{shape} is stretched to {width}x{height}"))
-            if media.frames > 1:
-                notes.append(Note(about=role, text=f"{media.path.name} has {media.frames} frames; the first is taken"))
-            if media.has_alpha:
-                notes.append(Note(about=role, text=f"{media.path.name} has transparency, which is dropped"))
-            plans.append(
-                ImagePlan(role=role, path=media.path, width=width, height=height, crop=False, filter="lanczos")
-            )
+            plans.append(plan_image(role, media, (width, height), notes, crop=False, filter="lanczos"))
     return tuple(plans)
 
 

@@ -25,9 +25,14 @@ def latent_frames(frames: int) -> int:
     return (frames - 1) // TEMPORAL_STRIDE + 1
 
 
+def whole_frames(count: int) -> int:
+    """Return the longest legal length 4n+1 that `count` frames are enough for; 1 at least."""
+    return max(1, (count - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1)
+
+
 def nearest_frames(frames: float) -> tuple[int, ...]:
     """Return the legal lengths 4n+1 on either side of `frames`, nearest first; one where it is legal itself."""
-    below = max(1, math.floor((frames - 1) / TEMPORAL_STRIDE) * TEMPORAL_STRIDE + 1)
+    below = whole_frames(math.floor(frames))
     above = below if below >= frames else below + TEMPORAL_STRIDE
     return tuple(sorted({below, above}, key=lambda n: (abs(n - frames), n)))
 
@@ -60,12 +65,12 @@ def size_by_area(width: int, height: int, area: int) -> tuple[int, int]:
     return max(columns, PATCH) * stride, max(rows, PATCH) * stride
 
 
-def size_within(width: int, height: int, area: int, multiple: int = 16) -> tuple[int, int]:
-    """Return (width, height) of the most pixels within `area` at nearly the picture's aspect, both multiples.
+def size_within(width: int, height: int, area: int) -> tuple[int, int]:
+    """Return (width, height) of the most pixels within `area` at nearly the picture's aspect, both multiples of 16.
 
     Source: Wan-Video/Wan2.2 wan/modules/animate/preprocess/utils.py, where widths are multiples of 64 by oversight.
     """
-    aspect = width / height
+    aspect, multiple = width / height, 16
     rows = range(multiple, int(math.sqrt(area / aspect)) + multiple, multiple)
     sizes = {
         (columns // multiple * multiple, row)

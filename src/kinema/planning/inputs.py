@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kinema.errors import CheckpointError, RequestError
-from kinema.planning.geometry import LATENT_CHANNELS, frames_shown
+from kinema.planning.geometry import LATENT_CHANNELS, frames_shown, whole_frames
 from kinema.planning.restart import starts_from_video
 from kinema.schema import AREAS, CatalogEntry, Facts, ImagePlan, MediaFacts, Note, Plan, Request, VideoPlan
 
@@ -61,22 +61,9 @@ def plan_images(
     for role in ("first", "last"):
         for media in facts.media.get(role, ()):
             derived = role == "first" and entry.by_area and (request.size is None or request.size in AREAS)
-            if media.kind == "video":
-                text = f"the last of the {media.frames} frames of {media.path.name} is where it goes on from"
-                notes.append(Note(about=role, text=text))
             overwrite = entry.first_frame == "overwrite"
-            _note_picture(role, media, size, overwrite or not derived, notes)
-            plans.append(
-                ImagePlan(
-                    role=role,
-                    path=media.path,
-                    width=size[0],
-                    height=size[1],
-                    crop=overwrite or not derived,
-                    filter="lanczos" if overwrite else "bicubic",
-                    from_video=media.kind == "video",
-                )
-            )
+            crop, filter = overwrite or not derived, "lanczos" if overwrite else "bicubic"
+            plans.append(plan_image(role, media, size, notes, crop=crop, filter=filter))
     plans += _middle_images(request, facts, size, frames, notes)
     if not makes_its_own(entry):
         plans += [_reference(entry, media, size, notes) for media in facts.media.get("reference", ())]
@@ -105,22 +92,24 @@ def _seen_by_clip(entry: CatalogEntry, plans: Sequence[ImagePlan]) -> Sequence[I
 
 def _reference(entry: CatalogEntry, media: MediaFacts, size: tuple[int, int], notes: list[Note]) -> ImagePlan:
     """VACE shows a reference whole on a white canvas of the video's size; Fun Control has it fill the frame."""
-    pad = bool(entry.structure.get("vace"))
-    _note_picture("reference", media, size, not pad, notes)
-    if pad and not _same_aspect(media, size):
+    if not entry.structure.get("vace"):
+        return plan_image("reference", media, size, notes, crop=True, filter="lanczos")
+    plan = plan_image("reference", media, size, notes, crop=False, filter="bilinear", pad=True)
+    if not _same_aspect(media, size):
         notes.append(Note(about="reference", text=f"{media.path.name} is shown whole on white, {size[0]}x{size[1]}"))
-    return ImagePlan(
-        role="reference",
-        path=media.path,
-        width=size[0],
-        height=size[1],
-        crop=not pad,
-        pad=pad,
-        filter="bilinear" if pad else "lanczos",
-    )
+    return plan
 
 
-def _note_picture(role: str, media: MediaFacts, size: tuple[int, int], crop: bool, notes: list[Note]) -> None:
+def plan_image(
+    role: str, media: MediaFacts, size: tuple[int, int], notes: list[Note], *, crop: bool, filter: str, **more: Any
+) -> ImagePlan:
+    """Return how a picture, or the last one of a video, is brought to a size; what that leaves out is noted.
+
+    filter, more   fields of the ImagePlan.
+    """
+    if media.kind == "video":
+        text = f"the last of the {media.frames} frames of {media.path.name} is where it goes on from"
+        notes.append(Note(about=role, text=text))
     if crop and not _same_aspect(media, size):
         shape = f"{media.path.name} ({media.width}x{media.height})"
         notes.append(Note(about=role, text=f"{shape} is cropped at its centre to {size[0]}x{size[1]}"))
@@ -128,6 +117,8 @@ def _note_picture(role: str, media: MediaFacts, size: tuple[int, int], crop: boo
         notes.append(Note(about=role, text=f"{media.path.name} has {media.frames} frames; the first is taken"))
     if media.has_alpha:
         notes.append(Note(about=role, text=f"{media.path.name} has transparency, which is dropped"))
+    given: dict[str, Any] = {"width": size[0], "height": size[1], "crop": crop, "filter": filter, **more}
+    return ImagePlan(role=role, path=media.path, from_video=media.kind == "video", **given)
 
 
 def split_place(text: str) -> tuple[Path, str | None]:
@@ -156,11 +147,7 @@ def _middle_images(
         notes.append(
             Note(about="middle", text=f"frame {frame} shows {media.path.name}; the model was trained on the ends")
         )
-        _note_picture("middle", media, size, True, notes)
-        plan = ImagePlan(
-            role="middle", path=media.path, width=size[0], height=size[1], crop=True, filter="bicubic", frame=frame
-        )
-        plans.append(plan)
+        plans.append(plan_image("middle", media, size, notes, crop=True, filter="bicubic", frame=frame))
     return plans
 
 
@@ -172,19 +159,13 @@ def _control_images(
     masks = [media.path for media in facts.media.get("control_mask", ())]
     plans = []
     for index, media in enumerate(facts.media.get("control_image", ())):
-        _note_picture("control_image", media, size, True, notes)
-        plan = ImagePlan(
-            role="control_image", path=media.path, width=size[0], height=size[1], crop=True, filter="lanczos",
-            mask=masks[index] if index < len(masks) else None,
-        )  # fmt: skip
-        plans.append(plan)
+        mask = masks[index] if index < len(masks) else None
+        plans.append(plan_image("control_image", media, size, notes, crop=True, filter="lanczos", mask=mask))
     both = bool(entry.structure.get("num_clip_positions"))
     for role, place in (("first", 0), ("last", -1)) if both else (("first", 0),):
         given = facts.media.get(role, ())
         if given:
-            path = given[0].path
-            crop: dict[str, Any] = {"width": size[0], "height": size[1], "crop": True, "filter": "bicubic"}
-            plans.append(ImagePlan(role=role, path=path, clip=True, **crop))
+            plans.append(plan_image(role, given[0], size, notes, crop=False, filter="bicubic", clip=True))
         else:
             seen = len(facts.media["control_image"]) - 1 if place else 0
             plans[seen] = plans[seen].model_copy(update={"clip": True})
@@ -206,7 +187,7 @@ def length_of_inputs(request: Request, entry: CatalogEntry, facts: Facts, fps: f
     if role is None or makes_its_own(entry):
         return entry.frames
     media = facts.media[role][0]
-    whole = (frames_shown(media, fps) - 1) // 4 * 4 + 1
+    whole = whole_frames(frames_shown(media, fps))
     if media.frames == 1 or whole >= entry.frames:
         return entry.frames
     notes.append(
@@ -236,7 +217,7 @@ def plan_videos(
             if role == "video" and starts_from_video(request, entry):
                 return (_source(request, media, size, frames, fps, notes),)
             fit: Literal["crop", "whole"] = "whole" if request.outpaint and role != "control" else "crop"
-            plans[role] = _video(role, media, size, frames, fps, fit, notes)
+            plans[role] = plan_video(role, media, size, frames, fps, notes, fit)
     if "mask" in plans:
         base = "video" if "video" in plans else "control"
         _check_mask(plans["mask"], plans[base], facts.media["mask"][0], facts.media[base][0])
@@ -251,9 +232,9 @@ def _source(
     request: Request, media: MediaFacts, size: tuple[int, int], frames: int, fps: float, notes: list[Note]
 ) -> VideoPlan:
     """The video that sampling starts from: it has to be as long as the result."""
-    plan = _video("source", media, size, frames, fps, "crop", notes)
+    plan = plan_video("source", media, size, frames, fps, notes)
     if plan.frames < frames:
-        near = (plan.frames - 1) // 4 * 4 + 1
+        near = whole_frames(plan.frames)
         raise RequestError(
             f"video {plan.path} has {plan.frames} frames at {fps:g} fps; {frames} are to be made of it",
             f"pass --frames {near}, or a longer video",
@@ -265,22 +246,19 @@ def _source(
     return plan
 
 
-def _video(
+def plan_video(
     role: str,
     media: MediaFacts,
     size: tuple[int, int],
     frames: int,
     fps: float,
-    fit: Literal["crop", "whole"],
     notes: list[Note],
+    fit: Literal["crop", "whole"] = "crop",
 ) -> VideoPlan:
+    """Return how a video is brought to a size and rate, `frames` of it at most; what that leaves out is noted."""
     name, still = media.path.name, media.frames == 1
-    if not media.width:
-        raise RequestError(
-            f"{role} {media.path} has sound but no picture", "pass a video", field=role, got=str(media.path)
-        )
     shown = frames_shown(media, fps)
-    if shown > frames:
+    if shown > frames and not still:
         notes.append(
             Note(about=role, text=f"of the {shown} frames of {name} at {fps:g} fps the first {frames} are used")
         )
@@ -319,7 +297,7 @@ def _check_mask(mask: VideoPlan, base: VideoPlan, mask_facts: MediaFacts, facts:
     if not mask.still and mask.frames < base.frames:
         raise RequestError(
             f"mask {mask.path} has {mask.frames} frames at {mask.fps:g} fps; {base.path} has {base.frames}",
-            f"give a mask as long, one image for all frames, or pass --frames {(mask.frames - 1) // 4 * 4 + 1}",
+            f"give a mask as long, one image for all frames, or pass --frames {whole_frames(mask.frames)}",
             field="mask",
             got=mask.frames,
             allowed=base.frames,
@@ -331,7 +309,7 @@ def _short_control(entry: CatalogEntry, control: VideoPlan, frames: int, notes: 
         text = f"{control.path.name} ends with frame {control.frames} of {frames}; what follows is not controlled"
         notes.append(Note(about="control", text=text))
         return
-    near = (control.frames - 1) // 4 * 4 + 1
+    near = whole_frames(control.frames)
     raise RequestError(
         f"control {control.path} has {control.frames} frames at {control.fps:g} fps; the video has {frames}",
         f"pass --frames {near}, or a longer control video",

@@ -33,8 +33,7 @@ def plan_size(request: Request, entry: CatalogEntry, facts: Facts, notes: list[N
         multiple, by_area = SPEECH_MULTIPLE, size_by_area_speech
         image = next(iter(facts.media.get("reference", ())), None)
     if request.size and request.size not in AREAS:
-        width, height = (int(side) for side in request.size.split("x"))
-        _check_sides(width, height, multiple)
+        width, height = asked_size(request.size, multiple)
     elif request.size or (image and entry.by_area):
         area = AREAS[request.size] if request.size else entry.size[0] * entry.size[1]
         width, height = by_area(*(image.width, image.height) if image else (16, 9), area)
@@ -57,7 +56,9 @@ def _is_a_size(width: int, height: int, multiple: int, area: int) -> bool:
     return not (width % multiple or height % multiple) and area < 2 * width * height <= 2 * area
 
 
-def _check_sides(width: int, height: int, multiple: int) -> None:
+def asked_size(size: str, multiple: int) -> tuple[int, int]:
+    """Return (width, height) of "832x480"; RequestError where a side is no multiple."""
+    width, height = (int(side) for side in size.split("x"))
     if width % multiple or height % multiple:
         near = f"{nearest_multiples(width, multiple)[0]}x{nearest_multiples(height, multiple)[0]}"
         raise RequestError(
@@ -68,6 +69,7 @@ def _check_sides(width: int, height: int, multiple: int) -> None:
             allowed=f"multiples of {multiple}",
             nearest=near,
         )
+    return width, height
 
 
 def plan_length(request: Request, entry: CatalogEntry, facts: Facts, notes: list[Note]) -> tuple[int, float]:

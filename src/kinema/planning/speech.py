@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from kinema.errors import CheckpointError, RequestError
 from kinema.planning.geometry import frames_shown
+from kinema.planning.inputs import plan_image
 from kinema.schema import (
     CatalogEntry,
     ClipPlan,
@@ -182,8 +183,6 @@ def _pose(facts: Facts, frames: int, fps: float, notes: list[Note]) -> Path | No
     pose = next(iter(facts.media.get("pose", ())), None)
     if pose is None:
         return None
-    if pose.kind != "video" or not pose.frames:
-        raise RequestError(f"{pose.path} is no video", "pass --pose VIDEO", field="pose", got=str(pose.path))
     there = frames_shown(pose, fps)
     if pose.fps and abs(pose.fps - fps) > 0.01:
         notes.append(Note(about="pose", text=f"{pose.path.name} ({pose.fps:g} fps) is read at {fps:g} fps, by time"))
@@ -198,15 +197,7 @@ def plan_reference(facts: Facts, size: tuple[int, int], notes: list[Note]) -> Im
 
     The official code scales by the shorter side alone, and leaves black bars where rounding made the longer one longer.
     """
-    image = facts.media["reference"][0]
-    if abs(image.width * size[1] - image.height * size[0]) > image.width * 16:
-        shape = f"{image.path.name} ({image.width}x{image.height})"
-        notes.append(Note(about="reference", text=f"{shape} is cropped at its centre to {size[0]}x{size[1]}"))
-    if image.frames > 1:
-        notes.append(Note(about="reference", text=f"{image.path.name} has {image.frames} frames; the first is taken"))
-    if image.has_alpha:
-        notes.append(Note(about="reference", text=f"{image.path.name} has transparency, which is dropped"))
-    return ImagePlan(role="reference", path=image.path, width=size[0], height=size[1], crop=True, filter="antialiased")
+    return plan_image("reference", facts.media["reference"][0], size, notes, crop=True, filter="antialiased")
 
 
 def note_mute_outputs(kinds: Sequence[OutputKind], notes: list[Note]) -> None:
