@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from kinema.errors import RequestError
@@ -19,7 +20,7 @@ from kinema.planning.cost import estimate
 from kinema.planning.flux import flux_images, plan_flux
 from kinema.planning.geometry import LATENT_CHANNELS, PATCH, SPATIAL_STRIDE, latent_frames
 from kinema.planning.inputs import plan_concat, plan_images, plan_videos
-from kinema.planning.lora import plan_loras, step_strengths, with_loras, with_preset
+from kinema.planning.lora import ROLES, plan_loras, step_strengths, with_loras, with_preset
 from kinema.planning.memory import fit
 from kinema.planning.one_frame import plan_one_frame
 from kinema.planning.outputs import plan_output
@@ -27,7 +28,6 @@ from kinema.planning.quantisation import multiplied, quantised
 from kinema.planning.restart import last_steps, plan_strength, starts_from_video
 from kinema.planning.shape import plan_length, plan_size, plan_tile
 from kinema.planning.speech import (
-    check_audio_encoder,
     note_mute_outputs,
     plan_reference,
     plan_speech,
@@ -40,7 +40,6 @@ from kinema.schema import (
     Expert,
     Facts,
     FileFacts,
-    FluxPlan,
     ImagePlan,
     Machine,
     ModelRef,
@@ -78,12 +77,13 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     latent = (LATENT_CHANNELS[entry.vae], depth, height // stride, width // stride)
     concat = plan_concat(entry, facts)
     precision: Precision = request.precision or "fast"
+    exact = partial(_ref, machine=facts.machine, dtype="float32")
     loras = plan_loras(request, entry, facts, notes)
     entry = with_preset(entry, loras.preset)
-    motion = driven is not None and (len(driven.clips) > 1 or request.start_from_reference)
-    tokens = _tokens(latent, facts.files["dit"], motion)
+    follows = driven is not None and (len(driven.clips) > 1 or request.start_from_reference)
+    tokens = _tokens(latent, facts.files["dit"], motion=follows)
     shift = _shift(request, entry, width * height, tokens)
-    boundary = _boundary(request, entry)
+    boundary = entry.boundary if request.boundary is None else request.boundary
     strength = plan_strength(request, entry, notes)
     steps = _steps(request, entry, shift, boundary, strength, notes, loras.preset)
     steps = step_strengths(steps, loras, request, notes)
@@ -91,10 +91,11 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     notes += _unread(entry, facts)
     seeds = _seeds(request)
     output = plan_output(request, facts, seeds, frames, prompt, notes)
-    if driven:
-        check_audio_encoder(facts)
     if driven or (animated and animated.sound):
         note_mute_outputs(output.kinds, notes)
+    motion = None
+    if request.motion_bucket_id is not None:
+        motion = MotionPlan(controller=exact(facts.files["motion_controller"]), bucket_id=request.motion_bucket_id)
     plan = Plan(
         kinema=VERSION,
         request=request,
@@ -104,12 +105,12 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         task=_task(request, entry, frames),
         experts=with_loras(_experts(request, entry, facts, precision, notes), loras, request),
         text_encoder=_text_encoder(request, facts, precision, notes),
-        vae=_ref(facts.files["vae"], facts.machine, "float32"),
+        vae=exact(facts.files["vae"]),
         clip_vision=_clip(entry, facts, precision),
         loras=loras.reports,
         preset=loras.preset.name if loras.preset else None,
-        audio_encoder=_ref(facts.files["audio_encoder"], facts.machine, "float32") if driven else None,
-        motion=_motion(request, facts),
+        audio_encoder=exact(facts.files["audio_encoder"]) if driven else None,
+        motion=motion,
         prompt=prompt,
         negative=negative,
         text_len=entry.text_len,
@@ -120,7 +121,7 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
         control_scale=1.0 if request.control_scale is None else request.control_scale,
         reference_frames=references,
         camera=plan_camera(request.camera, next(iter(facts.media.get("camera", ())), None), frames, fps, notes),
-        flux=_flux(request, entry, facts),
+        flux=plan_flux(request, entry, facts, exact) if entry.family == "flux" else None,
         one_frame=one_frame,
         strength=strength,
         width=width,
@@ -148,7 +149,7 @@ def make_plan(request: Request, entry: CatalogEntry, facts: Facts) -> Plan:
     return fitted.model_copy(update={"costs": estimate(fitted, facts.machine)})
 
 
-def _tokens(latent: tuple[int, int, int, int], dit: FileFacts, motion: bool) -> int:
+def _tokens(latent: tuple[int, int, int, int], dit: FileFacts, *, motion: bool) -> int:
     """Tokens of the noise, and of what adapters put beside it."""
     _, frames, rows, columns = latent
     return frames * (rows // PATCH) * (columns // PATCH) + tokens_beside(dit.config, rows, columns, motion=motion)
@@ -180,12 +181,6 @@ def _task(request: Request, entry: CatalogEntry, frames: int) -> str:
     return {0: "text to video", 1: "image to video", 2: "first and last frame to video"}[len(given)]
 
 
-def _flux(request: Request, entry: CatalogEntry, facts: Facts) -> FluxPlan | None:
-    if entry.family != "flux":
-        return None
-    return plan_flux(request, entry, facts, lambda file: _ref(file, facts.machine, "float32"))
-
-
 def _images(
     request: Request, entry: CatalogEntry, facts: Facts, size: tuple[int, int], frames: int, notes: list[Note]
 ) -> tuple[ImagePlan, ...]:
@@ -213,10 +208,6 @@ def _shift(request: Request, entry: CatalogEntry, area: int, tokens: int) -> flo
     if entry.shift_by_tokens:
         return flux_shift(tokens)
     return entry.shift_480p if entry.shift_480p and area <= AREAS["480p"] else entry.shift
-
-
-def _boundary(request: Request, entry: CatalogEntry) -> float | None:
-    return request.boundary if request.boundary is not None else entry.boundary
 
 
 def _steps(
@@ -341,10 +332,9 @@ def _experts(
 ) -> dict[Expert, ModelRef]:
     dtype = request.dtype or _dtype(precision, facts.machine)
     config = {"text_len": entry.text_len} if entry.family == "wan" else {}
-    roles: Mapping[Expert, str] = {"high": "dit_high", "low": "dit", "model": "dit"}
     refs = {}
     for expert in entry.experts:
-        file = facts.files[roles[expert]]
+        file = facts.files[ROLES[expert]]
         ref = _ref(file, facts.machine, dtype, config=config)
         refs[expert] = quantised(ref, file, request.quantise, "quantise", notes)
     return multiplied(refs, request, facts.machine, notes)
@@ -361,13 +351,6 @@ def _clip(entry: CatalogEntry, facts: Facts, precision: Precision) -> ModelRef |
         return None
     on_gpu = facts.machine.device != "cpu" and precision == "fast"
     return _ref(facts.files["clip_vision"], facts.machine, "float16" if on_gpu else "float32")
-
-
-def _motion(request: Request, facts: Facts) -> MotionPlan | None:
-    if request.motion_bucket_id is None:
-        return None
-    controller = _ref(facts.files["motion_controller"], facts.machine, "float32")
-    return MotionPlan(controller=controller, bucket_id=request.motion_bucket_id)
 
 
 def _ref(

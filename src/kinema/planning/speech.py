@@ -84,11 +84,9 @@ def check_speech(request: Request, entry: CatalogEntry) -> None:
             )
 
 
-def check_audio_encoder(facts: Facts) -> None:
+def _check_audio_encoder(facts: Facts) -> None:
     """Raise CheckpointError unless the speech encoder is the one the DiT was trained with."""
-    speech, encoder = facts.files["dit"].config.get("speech"), facts.files["audio_encoder"]
-    if not speech:
-        return
+    speech, encoder = facts.files["dit"].config["speech"], facts.files["audio_encoder"]
     found = (encoder.config["num_layers"] + 1, encoder.config["dim"])
     expected = (speech["audio_layers"], speech["audio_dim"])
     if found != expected:
@@ -104,6 +102,7 @@ def check_audio_encoder(facts: Facts) -> None:
 
 def plan_speech(request: Request, entry: CatalogEntry, facts: Facts, notes: list[Note]) -> Driven:
     """Return the clips that cover the sound, or the first `request.clips` of them, and which of it is heard."""
+    _check_audio_encoder(facts)
     assert entry.clip_frames is not None, "a speech-driven model's row says how long a clip is"
     heard, per_clip = facts.media["audio"][0], entry.clip_frames
     seconds = heard.seconds or 0.0
