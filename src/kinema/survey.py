@@ -84,14 +84,14 @@ def survey(
     paths, notes = _locate(request, named, settings, machine)
     files = {role: _inspect(role, path) for role, path in paths.items() if role in COMPONENTS}
     entry = named or _identify(request, files, catalog)
-    lacking = missing(entry, paths, _also(request))
-    if lacking:
-        flags = ", ".join(f"--{role.replace('_', '-')} FILE" for role in lacking)
+    lacks = missing(entry, paths, _also(request))
+    if lacks:
+        flags = ", ".join(f"--{role.replace('_', '-')} FILE" for role in lacks)
         raise CatalogError(
-            f"{entry.name} lacks its {', '.join(role.replace('_', ' ') for role in lacking)}",
+            f"{entry.name} lacks its {', '.join(role.replace('_', ' ') for role in lacks)}",
             f"pass {flags}",
             name=entry.name,
-            missing=lacking,
+            missing=lacks,
         )
     check_request(request, entry)
     folder = output_folder(request)
@@ -100,28 +100,29 @@ def survey(
     if request.preview:
         _check_no_folder("preview", request.preview, "preview.png")
         _free(request.preview.parent, "preview")
-    if request.keep_audio and (heard := request.video or request.pose):
-        _check_sound(heard)
     files, widened = _with_room(request, entry, files, settings)
-    tokenizer = _tokenizer(request, paths, files["text_encoder"], settings)
+    text = files["text_encoder"]
+    tokenizer = _tokenizer(request, paths, text, settings)
     clip_tokenizer, cut_by_clip = None, {}
     if clip := files.get("clip_text"):
-        clip_tokenizer = _clip_tokenizer(request, clip, settings)
+        clip_tokenizer = _clip_tokenizer(paths, clip, settings)
         cut_by_clip = _cut(request, ClipTokenizer.from_path(clip_tokenizer), clip.config["num_positions"])
+    media = {
+        field: tuple(promised.get(path) or _media(field, path, entry) for path in _given(request, field))
+        for field in MEDIA_FIELDS
+    }
+    if request.keep_audio and (heard := request.video or request.pose):
+        _check_sound(heard)
     facts = Facts(
         files=files,
         loras=_loras(request, files, settings),
         known_loras=load_loras(),
         tokenizer=tokenizer,
         clip_tokenizer=clip_tokenizer,
-        media={
-            field: tuple(promised.get(path) or _media(field, path, entry) for path in _given(request, field))
-            for field in MEDIA_FIELDS
-        }
-        | _spoken(request, settings),
+        media=media | _spoken(request, settings),
         machine=machine,
         notes=notes + widened,
-        cut=_cut(request, _load_tokenizer(files["text_encoder"], tokenizer), entry.text_len),
+        cut=_cut(request, load_tokenizer(text.files, tokenizer, text.component), entry.text_len),
         cut_by_clip=cut_by_clip,
         existing=existing_names(folder),
         output_free=_free(folder),
@@ -327,7 +328,8 @@ def _tokenizer(request: Request, paths: Mapping[str, Path], encoder: FileFacts, 
     """The tokenizer's path, or None where the text encoder's file holds it."""
     part = "t5-xxl" if encoder.component == "t5" else "umt5-xxl"
     if request.tokenizer:
-        named = find_tokenizer(request.tokenizer) if request.tokenizer.is_dir() else request.tokenizer
+        place = paths["tokenizer"]
+        named = find_tokenizer(place) if place.is_dir() else place
         if named is None or named.suffix not in (".model", ".json"):
             raise CatalogError(
                 f"--tokenizer {request.tokenizer} is no {part} tokenizer: spiece.model, tokenizer.json or their folder",
@@ -340,9 +342,9 @@ def _tokenizer(request: Request, paths: Mapping[str, Path], encoder: FileFacts, 
     return paths.get("tokenizer") or _tokenizer_file(encoder.path, part, settings)
 
 
-def _clip_tokenizer(request: Request, encoder: FileFacts, settings: Settings) -> Path:
+def _clip_tokenizer(paths: Mapping[str, Path], encoder: FileFacts, settings: Settings) -> Path:
     """The path of CLIP's tokenizer, which no encoder's file holds."""
-    named = request.clip_tokenizer
+    named = paths.get("clip_tokenizer")
     if named is None:
         return _tokenizer_file(encoder.path, "clip-l", settings)
     if found := find_tokenizer(named, (), *TOKENIZERS["clip-l"]):
@@ -381,10 +383,6 @@ def _tokenizer_file(encoder: Path, part: str, settings: Settings) -> Path:
         name=flag[2:].replace("-", "_"),
         pull=name,
     )
-
-
-def _load_tokenizer(encoder: FileFacts, tokenizer: Path | None) -> Tokenizer:
-    return load_tokenizer(encoder.files, tokenizer, encoder.component)
 
 
 def _cut(request: Request, tokenizer: Tokenizer | ClipTokenizer, text_len: int) -> dict[str, int]:

@@ -293,6 +293,8 @@ def test_inputs_that_do_not_fit_each_other_are_refused(engine: Engine, ask, tmp_
     with pytest.raises(RequestError, match="has no sound") as caught:
         engine.plan(ask(keep_audio=True))
     assert "pass --video with the clip that pose.mp4 was made of" in caught.value.hint
+    with pytest.raises(RequestError, match=r"--video gone\.mp4: no such file"):
+        engine.plan(ask("mask", video=Path("gone.mp4"), keep_audio=True))
     with pytest.raises(RequestError, match="not made of a driving video: --overlap 1 means nothing to it"):
         engine.plan(Request(model="tiny-t2v", prompt="a cat", overlap=1, device="cpu"))
     with pytest.raises(RequestError, match="tiny-animate needs a skeleton video"):

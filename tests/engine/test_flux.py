@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,19 @@ def test_an_all_in_one_file_makes_the_same_picture(engine: Engine, flux_world: T
     assert np.array_equal(want, got)
     assert {file.suffix for file in plan.files} == {".safetensors", ".model", ".json"}
     assert {ref.files for ref in (plan.vae, plan.text_encoder, *plan.experts.values())} == {(path,)}
+
+
+def test_tokenizers_of_any_repository_are_taken(flux_world: TinyWorld, tmp_path: Path) -> None:
+    for name, folder in (("t5", "google/t5-v1_1-xxl"), ("clip", "openai/clip-vit-large-patch14")):
+        shutil.copytree(flux_world.root / "text_encoders" / folder, tmp_path / "models/me" / name)
+    settings = flux_world.settings.model_copy(update={"models": (*flux_world.settings.models, tmp_path / "models")})
+    asked = Request(
+        prompt="a cat", model="tiny-flux", tokenizer="hf:me/t5", clip_tokenizer="hf:me/clip", save=tmp_path / "x.png"
+    )
+    with Engine(settings) as engine:
+        plan = engine.plan(asked)
+    assert plan.text_encoder.tokenizer.parent == tmp_path / "models/me/t5"
+    assert plan.flux.clip_text.tokenizer.parent == tmp_path / "models/me/clip"
 
 
 def test_fast_is_near_reference(engine: Engine, tmp_path: Path) -> None:
