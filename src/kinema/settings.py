@@ -38,17 +38,12 @@ CONFIG_VARIABLE = "KINEMA_CONFIG"
 SPEECH_KEY_VARIABLE = "KINEMA_SPEECH_KEY"
 """Of the service that speaks `speech_text`. No file and no flag: a key belongs in neither."""
 
-PROBES = tuple(
-    map(
-        Path,
-        (
-            "/workspace/models",
-            "/runpod-volume/models",
-            "/runpod-volume",
-            "/workspace/ComfyUI",
-            "/workspace/runpod-slim/ComfyUI",
-        ),
-    )
+PROBES = (
+    Path("/workspace/models"),
+    Path("/runpod-volume/models"),
+    Path("/runpod-volume"),
+    Path("/workspace/ComfyUI"),
+    Path("/workspace/runpod-slim/ComfyUI"),
 )
 """Where rented machines keep models: searched where no models folder is named and one is there."""
 
@@ -112,25 +107,25 @@ def configure(
     table = _read_config(path) if path else {}
     values: dict[str, Any] = default_settings().model_dump()
     sources = dict.fromkeys(PLACES, "default")
+    flags = {
+        "models": tuple(models),
+        "extra_model_paths": tuple(extra_model_paths),
+        "catalogs": tuple(catalogs),
+        "cache": cache,
+    }
     for layer, source in (
         (_file_places(table, path), f"configuration file {path}"),
         (_environment_places(environment), "environment"),
-        (
-            {
-                "models": tuple(models),
-                "extra_model_paths": tuple(extra_model_paths),
-                "catalogs": tuple(catalogs),
-                "cache": cache,
-            },
-            "flag",
-        ),
+        (flags, "flag"),
     ):
         for name in (name for name, value in layer.items() if value):
             values[name] = layer[name]
             sources[name] = source if source != "environment" else f"environment {PLACES[name][0]}"
     if sources["models"] != "default":
         values["store"] = values["models"][0]
-    settings = Settings(**values | _hub_places(environment) | _speech_key(environment))
+    key = environment.get(SPEECH_KEY_VARIABLE)
+    values |= _hub_places(environment) | {"speech_key": SecretStr(key) if key else None}
+    settings = Settings(**values)
     _check_places(settings, sources)
     settings = settings.model_copy(update={"folders": _folders(settings, environment)})
     defaults, field_sources, notes = _defaults(environment, table, path)
@@ -258,11 +253,6 @@ def _hub_places(environment: Mapping[str, str]) -> dict[str, Any]:
     return {"hub": hub, "hub_caches": (Path(environment.get("HF_HUB_CACHE") or home / "hub").expanduser(),)}
 
 
-def _speech_key(environment: Mapping[str, str]) -> dict[str, Any]:
-    key = environment.get(SPEECH_KEY_VARIABLE)
-    return {"speech_key": SecretStr(key)} if key else {}
-
-
 def _folders(settings: Settings, environment: Mapping[str, str]) -> dict[str, tuple[Path, ...]]:
     """Return ComfyUI's directories where an extra_model_paths.yaml changes them; {} without one."""
     owners = [models_folder(root)[1] for root in settings.models]
@@ -281,22 +271,14 @@ def _check_places(settings: Settings, sources: Mapping[str, str]) -> None:
                 field="models",
                 got=str(folder),
             )
-    for path in settings.extra_model_paths:
-        if not path.is_file():
-            raise RequestError(
-                f"file {path} (from {sources['extra_model_paths']}) does not exist",
-                "name an extra_model_paths.yaml of ComfyUI",
-                field="extra_model_paths",
-                got=str(path),
-            )
-    for path in settings.catalogs:
-        if not path.is_file():
-            raise RequestError(
-                f"catalog file {path} (from {sources['catalogs']}) does not exist",
-                "name a TOML file of models",
-                field="catalogs",
-                got=str(path),
-            )
+    for name, what, hint in (
+        ("extra_model_paths", "file", "name an extra_model_paths.yaml of ComfyUI"),
+        ("catalogs", "catalog file", "name a TOML file of models"),
+    ):
+        for path in getattr(settings, name):
+            if not path.is_file():
+                fault = f"{what} {path} (from {sources[name]}) does not exist"
+                raise RequestError(fault, hint, field=name, got=str(path))
 
 
 def _defaults(
