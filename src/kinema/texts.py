@@ -42,7 +42,7 @@ class Texts:
     def has(self, plan: Plan, texts: Sequence[str]) -> bool:
         """Whether all of these are known; those on disk are then in memory."""
         keys = keys_of(plan, texts)
-        self._read(plan, [key for key in keys if key not in self._rows])
+        self._read(plan, keys)
         return all(key in self._rows for key in keys)
 
     def clear(self) -> None:
@@ -56,7 +56,7 @@ class Texts:
         get   recipe -> loaded model.
         """
         keys = keys_of(plan, texts)
-        self._read(plan, [key for key in keys if key not in self._rows])
+        self._read(plan, keys)
         new = [key for key in dict.fromkeys(keys) if key not in self._rows]
         if new:
             ref = plan.text_encoder
@@ -90,8 +90,10 @@ class Texts:
             yield Note(about="text cache", text=f"{path} was damaged; it is dropped, and its text encoded again")
 
     def _read(self, plan: Plan, keys: Sequence[Key]) -> None:
-        hashes = self._hashes.ready(files_of(plan)) if keys and self._disk.folder else {}
-        for key in keys:
+        """Bring from disk those of these texts that are not in memory."""
+        unread = [key for key in keys if key not in self._rows]
+        hashes = self._hashes.ready(files_of(plan)) if unread and self._disk.folder else {}
+        for key in unread:
             name = content_key(plan, key[-1], hashes)
             rows = None if name is None else self._disk.get(name)
             if rows is not None:
