@@ -6,7 +6,7 @@ What is read, and how it is fitted, is in the Plan. What a model does with a mas
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -26,6 +26,9 @@ from kinema.tensors import CameraConditions, Conditions, ReferenceConditions, Va
 
 WHITE, GREY = 1.0, 0.0
 
+Encode = Callable[[Tensor], Tensor]
+"""encode(video_CTHW) -> latents_BCFhw of one entry, by the VAE as the plan uses it; loaded when first called."""
+
 
 @torch.inference_mode()
 def media_conditions(plan: Plan, load: Callable[[ModelRef], nn.Module]) -> Conditions:
@@ -36,7 +39,11 @@ def media_conditions(plan: Plan, load: Callable[[ModelRef], nn.Module]) -> Condi
     """
     clip = None if plan.clip_vision is None else _clip_tokens(plan, plan.clip_vision, load)
     adapters = next(iter(plan.experts.values())).config
-    encode = Encoder(plan, load)
+
+    def encode(video_CTHW: Tensor) -> Tensor:
+        vae = cast(WanVAE, load(plan.vae))
+        return vae.encode(video_CTHW[None], chunk=plan.chunk, tile=plan.tile)
+
     if plan.one_frame is not None:
         channels_BCFhw = one_frame_channels(plan, plan.one_frame, encode)
         return Conditions((), clip, channels_BCFhw, positions=plan.one_frame.positions)
@@ -50,23 +57,12 @@ def media_conditions(plan: Plan, load: Callable[[ModelRef], nn.Module]) -> Condi
         clip,
         concat,
         clean,
-        source_BCFhw=_source_latents(plan, encode),
+        source_BCFhw=_video_latents(plan, "source", encode),
         motion_B6D=motion_B6D,
         vace=_vace(plan, cast(Canvas, canvas), encode) if adapters.get("vace") else None,
         camera=CameraConditions(Rays.of(camera_poses(plan.camera), plan.width, plan.height)) if plan.camera else None,
         reference=_reference(plan, encode) if adapters.get("reference") else None,
     )
-
-
-class Encoder:
-    """The VAE as the plan uses it: encode(video_CTHW) -> latents_BCFhw of one entry. Loaded when first called."""
-
-    def __init__(self, plan: Plan, load: Callable[[ModelRef], nn.Module]) -> None:
-        self.plan, self.load = plan, load
-
-    def __call__(self, video_CTHW: Tensor) -> Tensor:
-        vae = cast(WanVAE, self.load(self.plan.vae))
-        return vae.encode(video_CTHW[None], chunk=self.plan.chunk, tile=self.plan.tile)
 
 
 # --- read ----------------------------------------------------------------------------------------
@@ -165,7 +161,7 @@ def _mask_frames(mask: VideoPlan, count: int) -> Iterator[Tensor]:
 # --- channels after the noise --------------------------------------------------------------------
 
 
-def _channels(plan: Plan, canvas: Canvas | None, encode: Encoder) -> tuple[Tensor | None, Tensor | None]:
+def _channels(plan: Plan, canvas: Canvas | None, encode: Encode) -> tuple[Tensor | None, Tensor | None]:
     """Return (concat_BCFhw, clean_BCFhw), None for what this model does not take."""
     overwrite = plan.first_frame == "overwrite"
     if canvas is None or not plan.concat:
@@ -174,8 +170,9 @@ def _channels(plan: Plan, canvas: Canvas | None, encode: Encoder) -> tuple[Tenso
     channels, frames, h, w = plan.latent
     nothing = torch.zeros(1, channels, frames - plan.reference_frames, h, w)
     parts: dict[str, Tensor] = dict.fromkeys(plan.concat, nothing)
-    if "control" in parts:
-        parts["control"] = _control_latents(plan, encode, nothing)
+    control_BCFhw = _video_latents(plan, "control", encode) if "control" in parts else None
+    if control_BCFhw is not None:
+        parts["control"] = control_BCFhw
     if "start" in parts and not canvas.mask_1THW[:, 0].any():
         first_BCFhw = encode(canvas.known_CTHW[:, :1])
         parts["start"] = torch.cat([first_BCFhw, nothing[:, :, 1:].to(first_BCFhw)], dim=2)
@@ -188,15 +185,15 @@ def _channels(plan: Plan, canvas: Canvas | None, encode: Encoder) -> tuple[Tenso
     return torch.cat([parts[name].to(device) for name in plan.concat], dim=1), clean
 
 
-def _source_latents(plan: Plan, encode: Encoder) -> Tensor | None:
-    """Latents of the video that sampling starts from."""
+def _video_latents(plan: Plan, role: str, encode: Encode) -> Tensor | None:
+    """Latents of the video of a role; None where there is none."""
     for video in plan.videos:
-        if video.role == "source":
+        if video.role == role:
             return encode(torch.stack([frame_CHW for frame_CHW, _ in read_frames(video)], dim=1))
     return None
 
 
-def one_frame_channels(plan: Plan, one: OneFramePlan, encode: Encoder) -> Tensor:
+def one_frame_channels(plan: Plan, one: OneFramePlan, encode: Encode) -> Tensor:
     """Return mask4 + image channels [1, 4 + z, F, h, w] of one-frame inference: each latent frame encoded alone, mask
     1 and the control image's latents where there is one, 0 and those of grey where the picture is made.
 
@@ -220,34 +217,10 @@ def one_frame_channels(plan: Plan, one: OneFramePlan, encode: Encoder) -> Tensor
     return torch.cat([mask_BCFhw.to(latents_BCFhw), latents_BCFhw], dim=1)
 
 
-def _control_latents(plan: Plan, encode: Encoder, nothing: Tensor) -> Tensor:
-    video = next((video for video in plan.videos if video.role == "control"), None)
-    if video is None:
-        return nothing
-    return encode(torch.stack([frame_CHW for frame_CHW, _ in read_frames(video)], dim=1))
-
-
-def image_channels(
-    vae: WanVAE, images: Mapping[str, Tensor], frames: int, chunk: int = 1, tile: int | None = None
-) -> Tensor:
-    """Return mask4 + image channels, [1, 4 + z, F, h, w]: 1 where a frame is given, and the latents of the
-    given frames among grey ones.
-
-    images  image_CHW in [-1, 1] by role: "first" for frame 0, "last" for the last of `frames`.
-    Source: Wan-Video/Wan2.2 wan/image2video.py; Wan-Video/Wan2.1 wan/first_last_frame2video.py (Apache-2.0).
-    """
-    canvas = Canvas(frames, *next(iter(images.values())).shape[1:])
-    for role, image_CHW in images.items():
-        canvas.put(0 if role == "first" else -1, image_CHW, None)
-    latents_BCFhw = vae.encode(canvas.known_CTHW[None], chunk=chunk, tile=tile)
-    mask_CFhw = pack_mask(1 - canvas.mask_1THW, *latents_BCFhw.shape[3:]).to(latents_BCFhw)
-    return torch.cat([mask_CFhw[None], latents_BCFhw], dim=1)
-
-
 # --- adapters ------------------------------------------------------------------------------------
 
 
-def _vace(plan: Plan, canvas: Canvas, encode: Encoder) -> VaceConditions:
+def _vace(plan: Plan, canvas: Canvas, encode: Encode) -> VaceConditions:
     """What is kept, what guides, and where: 96 channels, references in front.
 
     Source: Wan-Video/Wan2.1 wan/vace.py (Apache-2.0). Where both a video and a control are given, the video is what is
@@ -268,7 +241,7 @@ def _vace(plan: Plan, canvas: Canvas, encode: Encoder) -> VaceConditions:
     return VaceConditions(torch.cat([*padded, context_BCFhw], dim=2), plan.control_scale)
 
 
-def _reference(plan: Plan, encode: Encoder) -> ReferenceConditions:
+def _reference(plan: Plan, encode: Encode) -> ReferenceConditions:
     """The latent of the reference image; zeros without one, as such models were trained."""
     for image in plan.images:
         if image.role == "reference":

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kinema.catalog.installed import demo_files
-from kinema.conditioning import image_channels
 from kinema.models.encoders import UMT5
 from kinema.models.tokenizer import Tokenizer
 from kinema.models.wan import WanDiT
@@ -21,6 +20,7 @@ from kinema.schema import ModelRef
 from kinema.weights.detect import inspect
 from kinema.weights.files import open_tensors
 from kinema.weights.load import load
+from parity.test_e2e import image_channels
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "demo"))
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from golden_weights import assert_golden, fill, golden, input_tensor
-from kinema import conditioning, ops
+from kinema import ops
+from kinema.conditioning import Canvas
+from kinema.media.frames import pack_mask
 from kinema.models.wan import WanConfig, WanDiT
 from kinema.models.wan_vae import WanVAE, WanVAEConfig
 from kinema.sampling.denoiser import Branch, sample
@@ -65,6 +67,16 @@ def plan_steps(config: dict[str, Any], late: int = 0) -> list[PlanStep]:
     ]
 
 
+def image_channels(vae: WanVAE, images: dict[str, Tensor], frames: int, chunk: int = 1) -> Tensor:
+    """Return mask4 + image channels, [1, 4 + z, F, h, w], of the first and last frame of `frames`, others grey."""
+    canvas = Canvas(frames, *next(iter(images.values())).shape[1:])
+    for role, image_CHW in images.items():
+        canvas.put(0 if role == "first" else -1, image_CHW, None)
+    latents_BCFhw = vae.encode(canvas.known_CTHW[None], chunk=chunk)
+    mask_CFhw = pack_mask(1 - canvas.mask_1THW, *latents_BCFhw.shape[3:]).to(latents_BCFhw)
+    return torch.cat([mask_CFhw[None], latents_BCFhw], dim=1)
+
+
 def run(spec: dict[str, Any], late: int = 0, device: torch.device = CPU) -> tuple[Tensor, WanVAE]:
     """Return (latents_BCFhw, vae) of the run a golden spec describes."""
     config = spec["config"]
@@ -76,7 +88,7 @@ def run(spec: dict[str, Any], late: int = 0, device: torch.device = CPU) -> tupl
     concat = clean = None
     if config["dit"]["model_type"] == "i2v":
         image = input_tensor("image", (3, config["height"], config["width"]), 1, scale=1.0).to(device)
-        concat = conditioning.image_channels(autoencoder, {"first": image}, config["frames"])
+        concat = image_channels(autoencoder, {"first": image}, config["frames"])
     elif "image" in spec["inputs"]:
         image = input_tensor("image", spec["inputs"]["image"], 1, scale=1.0).to(device)
         clean = autoencoder.encode(image[None, :, None])
