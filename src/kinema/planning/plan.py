@@ -37,6 +37,7 @@ from kinema.schema import (
     AREAS,
     CatalogEntry,
     CatalogLora,
+    Dtype,
     Expert,
     Facts,
     FileFacts,
@@ -323,7 +324,7 @@ def _seeds(request: Request) -> tuple[int, ...]:
 # --- how it is held ------------------------------------------------------------------------------
 
 
-def _dtype(precision: Precision, machine: Machine) -> Any:
+def _dtype(precision: Precision, machine: Machine) -> Dtype:
     return "bfloat16" if precision == "fast" and machine.bfloat16 else "float32"
 
 
@@ -356,7 +357,7 @@ def _clip(entry: CatalogEntry, facts: Facts, precision: Precision) -> ModelRef |
 def _ref(
     file: FileFacts,
     machine: Machine,
-    dtype: Any,
+    dtype: Dtype,
     facts: Facts | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> ModelRef:

@@ -28,7 +28,7 @@ from kinema.schema.plan import (
     StageCost,
     VideoPlan,
 )
-from kinema.schema.request import UNITS, Bytes, Paths, Request, SizeText
+from kinema.schema.request import Request
 from kinema.schema.settings import Hub, Settings
 from kinema.schema.words import (
     AREAS,
@@ -37,7 +37,6 @@ from kinema.schema.words import (
     Expert,
     Frozen,
     OutputKind,
-    Placement,
     Precision,
     Quantise,
     Solver,
@@ -45,9 +44,7 @@ from kinema.schema.words import (
 
 __all__ = [
     "AREAS",
-    "UNITS",
     "AnimatePlan",
-    "Bytes",
     "CameraPlan",
     "CameraSegment",
     "CatalogEntry",
@@ -73,8 +70,6 @@ __all__ = [
     "OneFramePlan",
     "OutputKind",
     "OutputPlan",
-    "Paths",
-    "Placement",
     "Plan",
     "PlanStep",
     "Precision",
@@ -84,7 +79,6 @@ __all__ = [
     "Request",
     "Result",
     "Settings",
-    "SizeText",
     "Solver",
     "SoundPlan",
     "SpeechPlan",
