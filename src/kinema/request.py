@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from kinema.errors import RequestError
-from kinema.schema import Request
+from kinema.schema import Request, flag
 
 EXCLUSIVE = ({"frames", "seconds"}, {"seeds", "seed"}, {"seeds", "count"})
 """Fields that say the same thing twice: a source of higher rank that gives one drops the other."""
@@ -31,11 +31,6 @@ _KINDS = {
     "path": "a path",
     "tuple": "a list",
 }
-
-
-def flag(field: str) -> str:
-    """Return the command-line spelling of a field: guidance_high -> --guidance-high."""
-    return "--" + field.replace("_", "-")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

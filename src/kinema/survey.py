@@ -31,7 +31,7 @@ from kinema.planning.camera import is_pose_file
 from kinema.planning.inputs import split_place
 from kinema.provision import judge, lacking, provide
 from kinema.runtime.machine import probe_machine
-from kinema.schema import CatalogEntry, Component, Facts, FileFacts, Machine, MediaFacts, Note, Request, Settings
+from kinema.schema import CatalogEntry, Component, Facts, FileFacts, Machine, MediaFacts, Note, Request, Settings, flag
 from kinema.weights.detect import components_in, inspect
 from kinema.weights.folders import (
     CLIP_FILES,
@@ -86,7 +86,7 @@ def survey(
     entry = named or _identify(request, files, catalog)
     lacks = missing(entry, paths, _also(request))
     if lacks:
-        flags = ", ".join(f"--{role.replace('_', '-')} FILE" for role in lacks)
+        flags = ", ".join(f"{flag(role)} FILE" for role in lacks)
         raise CatalogError(
             f"{entry.name} lacks its {', '.join(role.replace('_', ' ') for role in lacks)}",
             f"pass {flags}",
@@ -150,7 +150,7 @@ def _locate(
     flags = {role: _here(getattr(request, role), settings) for role in roles if getattr(request, role)}
     for role, path in flags.items():
         if not path.exists():
-            raise CatalogError(f"--{role.replace('_', '-')} {path}: no such file", _near(path), name=str(path))
+            raise CatalogError(f"{flag(role)} {path}: no such file", _near(path), name=str(path))
     flags = _with_parts_inside(flags)
     if named is None and not request.model:
         if not flags:
@@ -221,11 +221,10 @@ def _inspect(role: str, path: Path) -> FileFacts:
     held = components_in(path)
     facts = inspect(path, next((kind for kind in kinds if kind in held), None))
     if facts.component not in kinds:
-        flag = f"--{role.replace('_', '-')}"
-        right = "--" + next(r for r, k in COMPONENTS.items() if facts.component in k).replace("_", "-")
+        right = flag(next(other for other, its in COMPONENTS.items() if facts.component in its))
         raise RequestError(
-            f"{flag} {path} is a {facts.component.replace('_', ' ')} ({facts.structure})",
-            f"pass it as {right}, and a {role.replace('_', ' ')} file as {flag}",
+            f"{flag(role)} {path} is a {facts.component.replace('_', ' ')} ({facts.structure})",
+            f"pass it as {right}, and a {role.replace('_', ' ')} file as {flag(role)}",
             field=role,
             got=str(path),
             allowed=kinds,
@@ -376,11 +375,11 @@ def _tokenizer_file(encoder: Path, part: str, settings: Settings) -> Path:
             return found
     row = tokenizer_of(part, store)
     name = f"{row.repository}/{row.path}".rstrip("/")
-    flag = "--clip-tokenizer" if part == "clip-l" else "--tokenizer"
+    field = "clip_tokenizer" if part == "clip-l" else "tokenizer"
     raise CatalogError(
         f"{encoder} holds no tokenizer, and none lies in {', '.join(map(str, (encoder.parent, *folders.roots)))}",
-        f"type: kinema models pull {name}\nor pass {flag} PATH: {' or '.join(files)}",
-        name=flag[2:].replace("-", "_"),
+        f"type: kinema models pull {name}\nor pass {flag(field)} PATH: {' or '.join(files)}",
+        name=field,
         pull=name,
     )
 
@@ -409,7 +408,7 @@ def _given(request: Request, field: str) -> Iterable[Path]:
 def _media(field: str, path: Path, entry: CatalogEntry) -> MediaFacts:
     still = field in IMAGE_FIELDS or entry.family == "flux"
     if not path.is_file() and (still or not path.is_dir()):
-        raise RequestError(f"--{field.replace('_', '-')} {path}: no such file", _near(path), field=field, got=str(path))
+        raise RequestError(f"{flag(field)} {path}: no such file", _near(path), field=field, got=str(path))
     if field == "camera":
         return pose_facts(path)
     if field == "audio":

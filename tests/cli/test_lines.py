@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from kinema.batch.lines import SHORT_NAMES, parse_line
 from kinema.errors import RequestError
-from kinema.request import REPEATED, flag, make_request
-from kinema.schema import Request
+from kinema.request import REPEATED, make_request
+from kinema.schema import Request, flag
 
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40)
 PROSE = st.lists(

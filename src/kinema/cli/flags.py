@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from kinema.request import REPEATED, flag
-from kinema.schema import Request
+from kinema.request import REPEATED
+from kinema.schema import Request, flag
 from kinema.settings import PLACES, Configuration
 
 GROUPS = {

@@ -13,8 +13,7 @@ from kinema.cli.tables import facts_table, table, text_of
 from kinema.cli.tell import duration, gigabytes
 from kinema.errors import CatalogError
 from kinema.planning.memory import block_parameters
-from kinema.request import flag
-from kinema.schema import CatalogEntry, ModelRef, Plan, Settings
+from kinema.schema import CatalogEntry, ModelRef, Plan, Settings, flag
 
 
 def plan_text(plan: Plan) -> str:

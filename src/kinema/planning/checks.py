@@ -10,7 +10,7 @@ from kinema.planning.flux import check_flux
 from kinema.planning.geometry import LATENT_CHANNELS
 from kinema.planning.inputs import makes_its_own
 from kinema.planning.speech import check_speech
-from kinema.schema import CatalogEntry, Facts, FileFacts, Request
+from kinema.schema import CatalogEntry, Facts, FileFacts, Request, flag
 
 VAE_FILES = {"wan2.1": "wan_2.1_vae.safetensors", "wan2.2": "wan2.2_vae.safetensors", "flux": "ae.safetensors"}
 
@@ -29,7 +29,7 @@ def check_request(request: Request, entry: CatalogEntry) -> None:
         value = getattr(request, field)
         if value and field not in entry.takes:
             given = value[0] if isinstance(value, tuple) else value
-            takes = ", ".join(f"--{name.replace('_', '-')}" for name in entry.takes) or "text only"
+            takes = ", ".join(map(flag, entry.takes)) or "text only"
             raise RequestError(
                 f"{entry.name} takes no {field.replace('_', ' ')}, got {given}; it takes {takes}",
                 _who_takes(field),
@@ -52,7 +52,7 @@ def check_request(request: Request, entry: CatalogEntry) -> None:
             value = getattr(request, field)
             if value is not None and value is not False:
                 said = "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
-                message = f"{entry.name} {why}: --{field.replace('_', '-')}{said} means nothing to it"
+                message = f"{entry.name} {why}: {flag(field)}{said} means nothing to it"
                 raise RequestError(message, hint, field=field, got=str(value))
     if entry.structure.get("speech"):
         check_speech(request, entry)
@@ -184,7 +184,7 @@ def check_components(request: Request, entry: CatalogEntry, facts: Facts) -> Non
         file = facts.files.get(role)
         if two and file and file.name_suggests == other:
             raise RequestError(
-                f"{file.path} is named as the {other}-noise expert but given as --{role.replace('_', '-')}",
+                f"{file.path} is named as the {other}-noise expert but given as {flag(role)}",
                 "swap --dit and --dit-high (--dit is the low-noise expert), or rename the file",
                 field=role,
                 got=str(file.path),
@@ -239,7 +239,7 @@ def _check_family(request: Request, entry: CatalogEntry, facts: Facts) -> None:
         if file.component in FLUX_PARTS.values():
             raise CheckpointError(
                 f"{file.path} is no part of {entry.name}: {file.structure}",
-                f"pass the {role.replace('_', ' ')} of {entry.name} with --{role.replace('_', '-')}",
+                f"pass the {role.replace('_', ' ')} of {entry.name} with {flag(role)}",
                 path=str(file.path),
                 found=file.component,
             )

@@ -22,6 +22,7 @@ from kinema.schema import (
     Note,
     Plan,
     Request,
+    flag,
 )
 
 MULTIPLE = 16
@@ -61,7 +62,7 @@ def check_flux(request: Request, entry: CatalogEntry, facts: Facts) -> None:
         if file is not None and file.component != wanted:
             raise CheckpointError(
                 f"{file.path} is no part of {entry.name}: {file.structure}",
-                f"pass the {role.replace('_', ' ')} of FLUX.1 with --{role.replace('_', '-')}",
+                f"pass the {role.replace('_', ' ')} of FLUX.1 with {flag(role)}",
                 path=str(file.path),
                 expected=wanted,
                 found=file.component,
@@ -88,7 +89,7 @@ def check_flux(request: Request, entry: CatalogEntry, facts: Facts) -> None:
     idle = (*OF_VIDEO, *(() if entry.redux else OF_REDUX))
     for field in (field for field in idle if getattr(request, field)):
         raise RequestError(
-            f"{entry.name} has no use for --{field.replace('_', '-')} {getattr(request, field)}",
+            f"{entry.name} has no use for {flag(field)} {getattr(request, field)}",
             "leave it out" + ("; flux.1-redux-dev takes it" if field in OF_REDUX else ""),
             field=field,
             got=str(getattr(request, field)),

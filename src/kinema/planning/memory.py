@@ -18,7 +18,7 @@ from kinema.planning.flux_cost import is_flux
 from kinema.planning.geometry import SPEECH_MULTIPLE, TEMPORAL_STRIDE
 from kinema.planning.inputs import encoded_latent_frames, encodes
 from kinema.planning.quantisation import multiplied, rounded, unpacking_bytes
-from kinema.schema import Expert, Limits, Machine, ModelRef, Note, Plan, Quantise, Request, StageCost
+from kinema.schema import Expert, Limits, Machine, ModelRef, Note, Plan, Quantise, Request, StageCost, flag
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_BASE = 400_000_000  # Python, torch and its libraries
@@ -420,11 +420,13 @@ def _decoders(plan: Plan, request: Request) -> Variants:
 
 def _notes(plan: Plan, request: Request, machine: Machine) -> list[Note]:
     notes = []
-    for flag, there in (("vram", machine.memory_total), ("ram", machine.ram_total)):
-        asked = getattr(request, flag)
+    for field, there in (("vram", machine.memory_total), ("ram", machine.ram_total)):
+        asked = getattr(request, field)
         if asked and there and asked > there:
-            text = f"--{flag} {asked / 1e9:.1f} GB is more than the {there / 1e9:.1f} GB here: a plan for elsewhere"
-            notes.append(Note(about=flag, text=text))
+            text = (
+                f"{flag(field)} {asked / 1e9:.1f} GB is more than the {there / 1e9:.1f} GB here: a plan for elsewhere"
+            )
+            notes.append(Note(about=field, text=text))
     if plan.tile and request.tile is None:
         text = f"whole frames do not fit: decoded in tiles of {plan.tile} pixels, which changes them a little at seams"
         notes.append(Note(about="tile", text=text))
@@ -439,10 +441,10 @@ def _refusal(fitted: Plan, plan: Plan, request: Request, machine: Machine) -> Ma
     assert cost is not None
     host = bool(plan.limits.host) and cost.host_bytes > plan.limits.host
     need, have = (cost.host_bytes, plan.limits.host) if host else (device_need(fitted, cost), plan.limits.device)
-    flag = "--ram" if host or plan.device == "cpu" else "--vram"
+    field = "ram" if host or plan.device == "cpu" else "vram"
     fits = nearest(plan, request, machine)
-    allowed = getattr(request, flag[2:]) is not None
-    where = f"{flag} allows" if allowed else f"{'the host' if host else machine.name or machine.device} has"
+    allowed = getattr(request, field) is not None
+    where = f"{flag(field)} allows" if allowed else f"{'the host' if host else machine.name or machine.device} has"
     hints = [f"pass {words}" if words.startswith("--") else words for words in fits]
     return MachineError(
         f"{cost.stage} needs about {need / 1e9:.1f} GB at the least; {where} {have / 1e9:.1f} GB",
@@ -469,7 +471,7 @@ def nearest(plan: Plan, request: Request, machine: Machine) -> list[str]:
         freed = request.model_copy(update=dict.fromkeys(own))
         bare = plan.model_copy(update={"tile": None, "vae_cache": "device"})
         if not shortfall(_fitted(_as_asked(bare, freed), freed)):
-            found.append(f"leave out {_flags(own)}: what the plan chooses fits")
+            found.append(f"leave out {', '.join(map(flag, own))}: what the plan chooses fits")
     if request.precision != "reference":  # in which nothing is rounded
         found += _rounding(plan, request, machine)
     fewer = range(plan.frames - 4, 0, -4) if not plan.clips else range(0)  # a clip has the length its model has
@@ -497,7 +499,7 @@ def _rounding(plan: Plan, request: Request, machine: Machine) -> list[str]:
         if "quantise_text_encoder" in fields:
             update["text_encoder"] = rounded(plan.text_encoder, how)
         if not shortfall(_fitted(plan.model_copy(update=update), request)):
-            return [" ".join(f"--{field.replace('_', '-')} {how}" for field in fields)]
+            return [" ".join(f"{flag(field)} {how}" for field in fields)]
     return []
 
 
@@ -535,18 +537,14 @@ def smaller(plan: Plan, stage: str, machine: Machine) -> list[str]:
 
     machine   as it is once everything is dropped.
     """
-    flag, free = "--ram" if plan.device == "cpu" else "--vram", machine.memory_free
+    field, free = "ram" if plan.device == "cpu" else "vram", machine.memory_free
     reached = next((device_need(plan, cost) for cost in costs(plan) if cost.stage == stage), free)
     limit = int(min(free or reached, 0.85 * reached))
-    own = [field for field in FREED if field in plan.limits.given]
+    own = [name for name in FREED if name in plan.limits.given]
     request = plan.request.model_copy(update=dict.fromkeys(own))
     tight = plan.limits.model_copy(update={"device": limit, "given": ()})
     tight_plan = _as_asked(plan.model_copy(update={"limits": tight, "tile": None}), request)
-    within = f"{flag} {limit / 1e9:.2f}GB" + (f" without {_flags(own)}" if own else "")
+    within = f"{flag(field)} {limit / 1e9:.2f}GB" + (f" without {', '.join(map(flag, own))}" if own else "")
     if not shortfall(_fitted(tight_plan, request)):
         return [within]
     return [f"{words} {within}" for words in nearest(tight_plan, request, machine)]
-
-
-def _flags(fields: Sequence[str]) -> str:
-    return ", ".join("--" + field.replace("_", "-") for field in fields)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kinema.errors import MachineError, RequestError
-from kinema.schema import Expert, FileFacts, Machine, ModelRef, Note, Quantise, Request
+from kinema.schema import Expert, FileFacts, Machine, ModelRef, Note, Quantise, Request, flag
 
 BITS: Mapping[Quantise, float] = {"fp8": 8, "fp8-64": 8.5, "int8": 8}
 """Bits of a weight with its share of a scale; one scale a row is less than a hundredth of a bit."""
@@ -19,11 +19,10 @@ def quantised(ref: ModelRef, file: FileFacts, wanted: Quantise | None, field: st
 
     Raises RequestError for a file that holds them packed already, or whose rows do not divide into the parts wanted.
     """
-    flag = "--" + field.replace("_", "-")
     if wanted is not None and file.quantisation:
         raise RequestError(
             f"{field} {wanted}: {file.path} is quantised already ({file.quantisation}); rounding twice only loses more",
-            f"leave {flag} out, or take the fp16 or bf16 file",
+            f"leave {flag(field)} out, or take the fp16 or bf16 file",
             field=field,
             got=wanted,
         )
@@ -38,7 +37,7 @@ def quantised(ref: ModelRef, file: FileFacts, wanted: Quantise | None, field: st
         raise RequestError(
             f"{field} {wanted}: rows of {file.path.name} do not divide into parts of 64 weights, only of "
             f"{file.matrix_width}",
-            f"pass {flag} fp8",
+            f"pass {flag(field)} fp8",
             field=field,
             got=wanted,
         )

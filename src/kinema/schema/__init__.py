@@ -28,7 +28,7 @@ from kinema.schema.plan import (
     StageCost,
     VideoPlan,
 )
-from kinema.schema.request import Request
+from kinema.schema.request import Request, flag
 from kinema.schema.settings import Hub, Settings
 from kinema.schema.words import (
     AREAS,
@@ -86,4 +86,5 @@ __all__ = [
     "StageReport",
     "VideoPlan",
     "calibration_key",
+    "flag",
 ]

@@ -52,6 +52,11 @@ Bytes = Annotated[int | None, BeforeValidator(_parse_bytes)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)]
 
 
+def flag(field: str) -> str:
+    """Return the command-line spelling of a field: guidance_high -> --guidance-high."""
+    return "--" + field.replace("_", "-")
+
+
 def _field(group: str, help: str, default: Any = None, **limits: Any) -> Any:
     return Field(default=default, description=help, json_schema_extra={"group": group}, **limits)
 
