@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
@@ -31,7 +32,7 @@ from kinema.planning.camera import is_pose_file
 from kinema.planning.inputs import split_place
 from kinema.provision import judge, lacking, provide
 from kinema.runtime.machine import probe_machine
-from kinema.schema import CatalogEntry, Component, Facts, FileFacts, Machine, MediaFacts, Note, Request, Settings, flag
+from kinema.schema import COMPONENTS, CatalogEntry, Facts, FileFacts, Machine, MediaFacts, Note, Request, Settings, flag
 from kinema.weights.detect import components_in, inspect
 from kinema.weights.folders import (
     CLIP_FILES,
@@ -48,16 +49,9 @@ from kinema.weights.lora.file import read_lora
 from kinema.weights.lora.match import lora_facts
 from kinema.weights.structure import build
 
-COMPONENTS: dict[str, tuple[Component, ...]] = {
-    "dit": ("dit", "flux_dit"),
-    "dit_high": ("dit",),
-    "vae": ("vae", "flux_vae"),
-    "text_encoder": ("text_encoder", "t5"),
-    "clip_vision": ("clip_vision", "siglip"),
-    "clip_text": ("clip_text",),
-    "redux": ("redux",),
-    "audio_encoder": ("audio_encoder",),
-    "motion_controller": ("motion_controller",),
+KINDS = {
+    role: tuple(parts[role] for parts in COMPONENTS.values() if role in parts)
+    for role in dict.fromkeys(chain.from_iterable(COMPONENTS.values()))
 }
 """The kinds of model each role asks for, Wan's first."""
 
@@ -82,7 +76,7 @@ def survey(
         check_request(request, named)
     machine = probe_machine(request.device, settings.cache / "calibration.json" if settings.cache else None)
     paths, notes = _locate(request, named, settings, machine)
-    files = {role: _inspect(role, path) for role, path in paths.items() if role in COMPONENTS}
+    files = {role: _inspect(role, path) for role, path in paths.items() if role in KINDS}
     entry = named or _identify(request, files, catalog)
     lacks = missing(entry, paths, _also(request))
     if lacks:
@@ -146,7 +140,7 @@ def _locate(
     request: Request, named: CatalogEntry | None, settings: Settings, machine: Machine
 ) -> tuple[dict[str, Path], tuple[Note, ...]]:
     """Paths by role, and what was chosen: flags win over the folder or the installed files of the named model."""
-    roles = (*COMPONENTS, "tokenizer", "clip_tokenizer")
+    roles = (*KINDS, "tokenizer", "clip_tokenizer")
     flags = {role: _here(getattr(request, role), settings) for role in roles if getattr(request, role)}
     for role, path in flags.items():
         if not path.exists():
@@ -177,7 +171,7 @@ def _with_parts_inside(paths: dict[str, Path]) -> dict[str, Path]:
     if "dit" not in paths:
         return paths
     held = components_in(paths["dit"])
-    inside = {role for role, kinds in COMPONENTS.items() if len(held) > 1 and set(kinds) & set(held)}
+    inside = {role for role, kinds in KINDS.items() if len(held) > 1 and set(kinds) & set(held)}
     return {**dict.fromkeys(sorted(inside), paths["dit"]), **paths}
 
 
@@ -217,11 +211,11 @@ def _near(path: Path) -> str:
 
 
 def _inspect(role: str, path: Path) -> FileFacts:
-    kinds = COMPONENTS[role]
+    kinds = KINDS[role]
     held = components_in(path)
     facts = inspect(path, next((kind for kind in kinds if kind in held), None))
     if facts.component not in kinds:
-        right = flag(next(other for other, its in COMPONENTS.items() if facts.component in its))
+        right = flag(next(other for other, its in KINDS.items() if facts.component in its))
         raise RequestError(
             f"{flag(role)} {path} is a {facts.component.replace('_', ' ')} ({facts.structure})",
             f"pass it as {right}, and a {role.replace('_', ' ')} file as {flag(role)}",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kinema.errors import CheckpointError, MachineError, RequestError
+from kinema.planning import sidecars
 from kinema.planning.geometry import nearest_frames, nearest_multiples, size_by_area, size_by_area_wan22
 from kinema.schema import AREAS, Machine, Plan
 from plan.world import CATALOG, MACHINE, VAE_CONFIG, file, files_of, image, plan, sound, video
@@ -236,6 +237,12 @@ def test_generated_names_never_overwrite() -> None:
         plan("wan2.1-t2v-1.3b", save=Path("x/cat.mp4"), facts={"existing": frozenset({"cat.json"})})
     assert plan("wan2.1-t2v-1.3b", save=Path("x/cat.mp4"), strip=True, facts={"existing": frozenset({"cat.json"})})
     assert plan("wan2.1-t2v-1.3b", save=Path("x/cat.mp4"), overwrite=True, facts={"existing": frozenset({"cat.mp4"})})
+
+
+def test_the_plan_beside_a_folder_of_frames_has_its_whole_name() -> None:
+    for save, beside in (("v1.5.png", "v1.5-frames.json"), ("v1.5.mp4", "v1.5.json")):
+        made = plan("wan2.1-t2v-1.3b", save=Path(save))
+        assert [path.name for path in sidecars(made.output.paths[0], strip=False)] == [beside]
 
 
 def test_stripped_latents_keep_their_plan_and_it_is_said() -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kinema.errors import CheckpointError, RequestError
-from kinema.planning.flux import PARTS as FLUX_PARTS
 from kinema.planning.flux import check_flux
 from kinema.planning.geometry import LATENT_CHANNELS
 from kinema.planning.inputs import makes_its_own
 from kinema.planning.speech import check_speech
-from kinema.schema import CatalogEntry, Facts, FileFacts, Request, flag
+from kinema.schema import COMPONENTS, CatalogEntry, Facts, FileFacts, Request, flag
 
 VAE_FILES = {"wan2.1": "wan_2.1_vae.safetensors", "wan2.2": "wan2.2_vae.safetensors", "flux": "ae.safetensors"}
 
@@ -162,87 +161,26 @@ def _who_takes(field: str) -> str:
 
 
 def check_components(request: Request, entry: CatalogEntry, facts: Facts) -> None:
-    """Raise unless the files found are the parts of this model and fit each other, and what is to be seen is there."""
-    for role, media in ((role, media) for role, found in facts.media.items() for media in found):
-        if media.kind == "audio" and role != "audio":
-            raise RequestError(
-                f"{role} {media.path} has sound but no picture", "pass a video", field=role, got=str(media.path)
-            )
-    _check_family(request, entry, facts)
-    two = "high" in entry.experts
-    for role in entry.dit_roles:
-        _check_dit(entry, facts.files[role], role)
-    if two and facts.files["dit"].files == facts.files["dit_high"].files:
-        raise RequestError(
-            f"high-noise and low-noise expert are the same file: {facts.files['dit'].path}",
-            "they are two halves of one run: pass the low-noise file to --dit and the high-noise file to --dit-high",
-            field="dit_high",
-            got=str(facts.files["dit_high"].path),
-        )
-    for role in ("dit", "dit_high"):
-        other = "low" if role == "dit_high" else "high"
-        file = facts.files.get(role)
-        if two and file and file.name_suggests == other:
-            raise RequestError(
-                f"{file.path} is named as the {other}-noise expert but given as {flag(role)}",
-                "swap --dit and --dit-high (--dit is the low-noise expert), or rename the file",
-                field=role,
-                got=str(file.path),
-            )
-    uses_references = ("vace", "reference", "animate", "speech")
-    if (
-        request.reference
-        and entry.family == "wan"
-        and not any(facts.files["dit"].config.get(adapter) for adapter in uses_references)
-    ):
-        raise RequestError(
-            f"{facts.files['dit'].path} takes no reference image: {facts.files['dit'].structure}",
-            "leave --reference out, or take the V1.1 files of this model",
-            field="reference",
-            got=str(request.reference[0]),
-        )
-    dit, text, vae = facts.files["dit"].config, facts.files["text_encoder"], facts.files["vae"]
-    motion = facts.files.get("motion_controller") if request.motion_bucket_id is not None else None
-    if motion and motion.config.get("dim") != dit.get("dim"):
-        raise CheckpointError(
-            f"{motion.path} moves a DiT {motion.config.get('dim')} wide; {facts.files['dit'].path} is {dit.get('dim')}",
-            "take the motion controller that belongs to the model",
-            path=str(motion.path),
-            expected=dit.get("dim"),
-            found=motion.config.get("dim"),
-        )
-    if text.config.get("dim") != dit.get("text_dim"):
-        raise CheckpointError(
-            f"{text.path} gives text rows of {text.config.get('dim')}, the DiT takes {dit.get('text_dim')}",
-            "take the text encoder that belongs to the model",
-            path=str(text.path),
-            expected=dit.get("text_dim"),
-            found=text.config.get("dim"),
-        )
-    if vae.config.get("z_dim") != LATENT_CHANNELS[entry.vae]:
-        raise CheckpointError(
-            f"{entry.name} needs the {entry.vae} VAE ({LATENT_CHANNELS[entry.vae]} latent channels); "
-            f"{vae.path} has {vae.config.get('z_dim')}",
-            f"pass --vae {VAE_FILES[entry.vae]}",
-            path=str(vae.path),
-            expected=LATENT_CHANNELS[entry.vae],
-            found=vae.config.get("z_dim"),
-        )
-
-
-def _check_family(request: Request, entry: CatalogEntry, facts: Facts) -> None:
-    """Raise for parts of FLUX in a Wan model and the other way about, and for what FLUX's images cannot have."""
-    if entry.family == "flux":
-        check_flux(request, entry, facts)
-        return
+    """Raise unless the files found are the parts of this model and fit each other and the inputs."""
     for role, file in facts.files.items():
-        if file.component in FLUX_PARTS.values():
+        wanted = COMPONENTS[entry.family].get(role)
+        if file.component != wanted:
+            hint = f"pass the {role.replace('_', ' ')} of {entry.name} with {flag(role)}"
             raise CheckpointError(
                 f"{file.path} is no part of {entry.name}: {file.structure}",
-                f"pass the {role.replace('_', ' ')} of {entry.name} with {flag(role)}",
+                hint if wanted else f"leave {flag(role)} out",
                 path=str(file.path),
+                expected=wanted,
                 found=file.component,
             )
+    if entry.family == "flux":
+        check_flux(request, entry, facts)
+    for role in entry.dit_roles:
+        _check_dit(entry, facts.files[role], role)
+    if "high" in entry.experts:
+        _check_pair(facts.files["dit"], facts.files["dit_high"])
+    _check_inputs(request, entry, facts)
+    _check_widths(request, entry, facts)
 
 
 def _check_dit(entry: CatalogEntry, file: FileFacts, role: str) -> None:
@@ -256,4 +194,72 @@ def _check_dit(entry: CatalogEntry, file: FileFacts, role: str) -> None:
             key=field,
             expected=expected,
             found=found,
+        )
+
+
+def _check_pair(low: FileFacts, high: FileFacts) -> None:
+    """Raise for one file given as both experts, and for one that is named as the other."""
+    if low.files == high.files:
+        raise RequestError(
+            f"high-noise and low-noise expert are the same file: {low.path}",
+            "they are two halves of one run: pass the low-noise file to --dit and the high-noise file to --dit-high",
+            field="dit_high",
+            got=str(high.path),
+        )
+    for role, file, other in (("dit", low, "high"), ("dit_high", high, "low")):
+        if file.name_suggests == other:
+            raise RequestError(
+                f"{file.path} is named as the {other}-noise expert but given as {flag(role)}",
+                "swap --dit and --dit-high (--dit is the low-noise expert), or rename the file",
+                field=role,
+                got=str(file.path),
+            )
+
+
+def _check_inputs(request: Request, entry: CatalogEntry, facts: Facts) -> None:
+    """Raise for sound where a picture should be, and for a reference image to a file that takes none."""
+    for role, media in ((role, media) for role, found in facts.media.items() for media in found):
+        if media.kind == "audio" and role != "audio":
+            raise RequestError(
+                f"{role} {media.path} has sound but no picture", "pass a video", field=role, got=str(media.path)
+            )
+    dit, adapters = facts.files["dit"], ("vace", "reference", "animate", "speech")
+    if request.reference and entry.family == "wan" and not any(map(dit.config.get, adapters)):
+        raise RequestError(
+            f"{dit.path} takes no reference image: {dit.structure}",
+            "leave --reference out, or take the V1.1 files of this model",
+            field="reference",
+            got=str(request.reference[0]),
+        )
+
+
+def _check_widths(request: Request, entry: CatalogEntry, facts: Facts) -> None:
+    """Raise for parts that hand on rows or channels which the next one does not take."""
+    dit, text, vae = facts.files["dit"], facts.files["text_encoder"], facts.files["vae"]
+    motion = facts.files.get("motion_controller") if request.motion_bucket_id is not None else None
+    width = dit.config.get("dim")
+    if motion and motion.config.get("dim") != width:
+        raise CheckpointError(
+            f"{motion.path} moves a DiT {motion.config.get('dim')} wide; {dit.path} is {width}",
+            "take the motion controller that belongs to the model",
+            path=str(motion.path),
+            expected=width,
+            found=motion.config.get("dim"),
+        )
+    if text.config.get("dim") != dit.config.get("text_dim"):
+        raise CheckpointError(
+            f"{text.path} gives text rows of {text.config.get('dim')}, the DiT takes {dit.config.get('text_dim')}",
+            "take the text encoder that belongs to the model",
+            path=str(text.path),
+            expected=dit.config.get("text_dim"),
+            found=text.config.get("dim"),
+        )
+    if vae.config.get("z_dim") != LATENT_CHANNELS[entry.vae]:
+        raise CheckpointError(
+            f"{entry.name} needs the {entry.vae} VAE ({LATENT_CHANNELS[entry.vae]} latent channels); "
+            f"{vae.path} has {vae.config.get('z_dim')}",
+            f"pass --vae {VAE_FILES[entry.vae]}",
+            path=str(vae.path),
+            expected=LATENT_CHANNELS[entry.vae],
+            found=vae.config.get("z_dim"),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 from kinema.planning import flux_cost, memory
 from kinema.planning.flux import rows_beside
@@ -123,36 +123,30 @@ def clip_flops(config: Config) -> float:
 
 def vae_decode_flops(config: Config, frames: int, height: int, width: int) -> float:
     """Return FLOPs of decoding latents [z, frames, height, width], the middle attention included."""
-    return _vae_flops(config, frames, height * width, _decoder)
+    return _vae_flops(config, frames, height * width, decoder=True)
 
 
 def vae_encode_flops(config: Config, frames: int, height: int, width: int) -> float:
     """Return FLOPs of encoding to latents [z, frames, height, width]."""
-    return _vae_flops(config, frames, height * width, _encoder)
+    return _vae_flops(config, frames, height * width, decoder=False)
 
 
 # --- the autoencoder, layer by layer -------------------------------------------------------------
 
 
-class _Conv(NamedTuple):
-    """One convolution for one latent frame: kernel taps, and how many positions it is applied at per latent cell."""
-
-    in_channels: int
-    out_channels: int
-    taps: int
-    frames: int
-    area: int
-    history: bool = False  # keeps two frames of its input
+Conv = tuple[int, int, int, int]
+"""One convolution: channels in and out, kernel taps, and how many positions it is applied at per latent cell."""
 
 
-def _vae_flops(config: Config, frames: int, cells: int, layers: Any) -> float:
+def _vae_flops(config: Config, frames: int, cells: int, *, decoder: bool) -> float:
     if is_flux(config):
-        return flux_cost.autoencoder_flops(config, cells, decoder=layers is _decoder)
-    deepest = config["dim_mult"][-1] * _width(config, layers is _decoder)
+        return flux_cost.autoencoder_flops(config, cells, decoder=decoder)
+    deepest = config["dim_mult"][-1] * _width(config, decoder)
     attention = 4 * deepest * (4 * deepest // 2 + cells)  # qkv and proj, then scores and values, per cell and frame
 
     def once(first: bool) -> float:
-        convs = sum(2 * c.in_channels * c.out_channels * c.taps * c.frames * c.area for c in layers(config, first))
+        layers = (_decoder if decoder else _encoder)(config, first)
+        convs = sum(2 * i * o * taps * positions for i, o, taps, positions in layers)
         return float(cells * (convs + attention))
 
     return once(True) + (frames - 1) * once(False)
@@ -166,53 +160,53 @@ def _patch(config: Config) -> int:
     return 1 if config["version"] == "2.1" else 2
 
 
-def _blocks(in_dim: int, out_dim: int, count: int, taps: int, frames: int, area: int) -> Iterator[_Conv]:
+def _blocks(in_dim: int, out_dim: int, count: int, taps: int, positions: int) -> Iterator[Conv]:
     for _ in range(count):
-        yield _Conv(in_dim, out_dim, taps, frames, area, True)
-        yield _Conv(out_dim, out_dim, taps, frames, area, True)
+        yield in_dim, out_dim, taps, positions
+        yield out_dim, out_dim, taps, positions
         if in_dim != out_dim:
-            yield _Conv(in_dim, out_dim, 1, frames, area)
+            yield in_dim, out_dim, 1, positions
         in_dim = out_dim
 
 
-def _decoder(config: Config, first: bool) -> Iterator[_Conv]:
+def _decoder(config: Config, first: bool) -> Iterator[Conv]:
     """Convolutions of one latent frame; a clip's first frame meets only the last temporal tap and stays one frame."""
     z, mult, base = config["z_dim"], config["dim_mult"], _width(config, True)
     dims = [base * m for m in (mult[-1], *reversed(mult))]
     temporal = (*reversed(config["temporal_downsample"]), False)
     halves = config["version"] == "2.1"
     taps, frames, area = (9 if first else 27), 1, 1
-    yield _Conv(z, z, 1, 1, 1)
-    yield _Conv(z, dims[0], taps, 1, 1, True)
-    yield from _blocks(dims[0], dims[0], 2, taps, 1, 1)
+    yield z, z, 1, 1
+    yield z, dims[0], taps, 1
+    yield from _blocks(dims[0], dims[0], 2, taps, 1)
     for level, (in_dim, out_dim) in enumerate(pairwise(dims)):
         in_dim = in_dim // 2 if halves and level else in_dim
-        yield from _blocks(in_dim, out_dim, config["num_res_blocks"] + 1, taps, frames, area)
+        yield from _blocks(in_dim, out_dim, config["num_res_blocks"] + 1, taps, frames * area)
         if level < len(mult) - 1:
             if temporal[level] and not first:
-                yield _Conv(out_dim, 2 * out_dim, 3, frames, area, True)
+                yield out_dim, 2 * out_dim, 3, frames * area
                 frames *= 2
             area *= 4
-            yield _Conv(out_dim, out_dim // 2 if halves else out_dim, 9, frames, area)
-    yield _Conv(dims[-1], 3 * _patch(config) ** 2, taps, frames, area, True)
+            yield out_dim, out_dim // 2 if halves else out_dim, 9, frames * area
+    yield dims[-1], 3 * _patch(config) ** 2, taps, frames * area
 
 
-def _encoder(config: Config, first: bool) -> Iterator[_Conv]:
+def _encoder(config: Config, first: bool) -> Iterator[Conv]:
     """Convolutions of the pixel frames of one latent frame: one at the start of a clip, else all of the stride."""
     z, mult, base = config["z_dim"], config["dim_mult"], _width(config, False)
     dims = [base * m for m in (1, *mult)]
     temporal = (*config["temporal_downsample"], False)
     taps, frames = (9, 1) if first else (27, 2 ** sum(config["temporal_downsample"]))
     area = 4 ** (len(mult) - 1)
-    yield _Conv(3 * _patch(config) ** 2, dims[0], taps, frames, area, True)
+    yield 3 * _patch(config) ** 2, dims[0], taps, frames * area
     for level, (in_dim, out_dim) in enumerate(pairwise(dims)):
-        yield from _blocks(in_dim, out_dim, config["num_res_blocks"], taps, frames, area)
+        yield from _blocks(in_dim, out_dim, config["num_res_blocks"], taps, frames * area)
         if level < len(mult) - 1:
             area //= 4
-            yield _Conv(out_dim, out_dim, 9, frames, area)
+            yield out_dim, out_dim, 9, frames * area
             if temporal[level] and not first:
                 frames //= 2
-                yield _Conv(out_dim, out_dim, 3, frames, area, True)
-    yield from _blocks(dims[-1], dims[-1], 2, taps, frames, area)
-    yield _Conv(dims[-1], 2 * z, taps, frames, area, True)
-    yield _Conv(2 * z, 2 * z, 1, frames, area)
+                yield out_dim, out_dim, 3, frames * area
+    yield from _blocks(dims[-1], dims[-1], 2, taps, frames * area)
+    yield dims[-1], 2 * z, taps, frames * area
+    yield 2 * z, 2 * z, 1, frames * area

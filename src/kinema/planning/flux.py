@@ -13,7 +13,6 @@ from kinema.errors import CheckpointError, RequestError
 from kinema.planning.inputs import plan_image
 from kinema.schema import (
     CatalogEntry,
-    Component,
     Facts,
     FileFacts,
     FluxPlan,
@@ -38,17 +37,6 @@ KONTEXT_SIZES = (
 FULL_AREA = 900_000
 """Pixels from which a picture counts as of Kontext's own size; below it, images follow the picture's area."""
 
-PARTS: dict[str, Component] = {
-    "dit": "flux_dit",
-    "vae": "flux_vae",
-    "text_encoder": "t5",
-    "clip_text": "clip_text",
-    "clip_vision": "siglip",
-    "redux": "redux",
-}
-"""What each role of a FLUX model must be."""
-
-
 OF_VIDEO = ("ffn_tokens", "vae_cache", "chunk", "outpaint")
 """Fields that say how videos are made, and would change nothing here."""
 
@@ -56,27 +44,16 @@ OF_REDUX = ("redux", "clip_vision")
 
 
 def check_flux(request: Request, entry: CatalogEntry, facts: Facts) -> None:
-    """Raise unless the files are FLUX's and fit each other, and the request asks only what images have."""
-    for role, wanted in PARTS.items():
-        file = facts.files.get(role)
-        if file is not None and file.component != wanted:
-            raise CheckpointError(
-                f"{file.path} is no part of {entry.name}: {file.structure}",
-                f"pass the {role.replace('_', ' ')} of FLUX.1 with {flag(role)}",
-                path=str(file.path),
-                expected=wanted,
-                found=file.component,
-            )
-    dit, text, pooled = (facts.files[role] for role in ("dit", "text_encoder", "clip_text"))
-    for file, key, wanted_dim in ((text, "text_dim", text.config["dim"]), (pooled, "vector_dim", pooled.config["dim"])):
-        if dit.config[key] != wanted_dim:
-            raise CheckpointError(
-                f"{file.path} gives rows of {wanted_dim}, the transformer takes {dit.config[key]}",
-                "take the encoders that belong to FLUX.1: t5xxl and clip_l",
-                path=str(file.path),
-                expected=dit.config[key],
-                found=wanted_dim,
-            )
+    """Raise unless the pooled text fits the transformer, and the request asks only what images have."""
+    dit, pooled = facts.files["dit"], facts.files["clip_text"]
+    if pooled.config["dim"] != dit.config["vector_dim"]:
+        raise CheckpointError(
+            f"{pooled.path} gives rows of {pooled.config['dim']}, the transformer takes {dit.config['vector_dim']}",
+            "take the encoder that belongs to FLUX.1: clip_l",
+            path=str(pooled.path),
+            expected=dit.config["vector_dim"],
+            found=pooled.config["dim"],
+        )
     for field in ("seconds", "fps", "frames"):
         value = getattr(request, field)
         if value is not None and (field, value) != ("frames", 1):

@@ -133,7 +133,10 @@ def _name(stem: str, kind: OutputKind, frames: int) -> str:
 def sidecars(files: Sequence[Path], strip: bool) -> list[Path]:
     """Return the file the plan is written to beside these outputs; none for latents alone, which carry it."""
     made = [file for file in files if not file.name.endswith(".latents.safetensors")]
-    return [] if strip or not made else [made[0].with_suffix(".json")]
+    if strip or not made:
+        return []
+    stem = made[0].name if made[0].name.endswith("-frames") else made[0].stem
+    return [made[0].with_name(f"{stem}.json")]
 
 
 def _free_stem(stem: str, kinds: Sequence[OutputKind], frames: int, strip: bool, taken: set[str]) -> str:

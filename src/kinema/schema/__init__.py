@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from kinema.lora import CatalogLora, LoraPlan
 from kinema.schema.events import Event, Preview, Progress, Result, StageReport
-from kinema.schema.facts import CatalogEntry, Facts, FileFacts, Machine, MediaFacts, Note, calibration_key
+from kinema.schema.facts import (
+    COMPONENTS,
+    CatalogEntry,
+    Facts,
+    FileFacts,
+    Machine,
+    MediaFacts,
+    Note,
+    calibration_key,
+)
 from kinema.schema.plan import (
     AnimatePlan,
     CameraPlan,
@@ -44,6 +53,7 @@ from kinema.schema.words import (
 
 __all__ = [
     "AREAS",
+    "COMPONENTS",
     "AnimatePlan",
     "CameraPlan",
     "CameraSegment",

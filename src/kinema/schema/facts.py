@@ -127,6 +127,27 @@ class Facts(Frozen):
     output_free: int | None = None
 
 
+COMPONENTS: dict[str, dict[str, Component]] = {
+    "wan": {
+        "dit": "dit",
+        "dit_high": "dit",
+        "vae": "vae",
+        "text_encoder": "text_encoder",
+        "clip_vision": "clip_vision",
+        "audio_encoder": "audio_encoder",
+        "motion_controller": "motion_controller",
+    },
+    "flux": {
+        "dit": "flux_dit",
+        "vae": "flux_vae",
+        "text_encoder": "t5",
+        "clip_vision": "siglip",
+        "clip_text": "clip_text",
+        "redux": "redux",
+    },
+}
+"""Family -> role -> what kind of model fills it."""
+
 PARTS = {
     "wan": {
         "text_encoder": "umt5-xxl",

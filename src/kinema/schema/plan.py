@@ -335,17 +335,14 @@ class Plan(Frozen):
     def files(self) -> tuple[Path, ...]:
         """Every file the result depends on: weights, tokenizer, input images and sound."""
         encoders = (self.text_encoder, self.clip_vision, self.audio_encoder, self.motion and self.motion.controller)
-        refs = [ref for ref in (*self.experts.values(), self.vae, *encoders) if ref]
+        flux = (self.flux.clip_text, self.flux.siglip, self.flux.redux) if self.flux else ()
+        refs = [ref for ref in (*self.experts.values(), self.vae, *encoders, *flux) if ref]
         weights = [file for ref in refs for file in ref.files]
         loras = [lora.path for ref in refs for lora in ref.loras]
-        others = [self.text_encoder.tokenizer, *(image.path for image in self.images)]
+        others = [*(ref.tokenizer for ref in refs), *(image.path for image in self.images)]
         others += [file for video in self.videos for file in video.files or (video.path,)]
         others += [image.mask for image in self.images if image.mask]
         others += [self.camera.path] if self.camera else []
         others += [self.speech.audio, self.speech.pose] if self.speech else []
         others += [self.sound.path] if self.sound else []
-        if self.flux:
-            parts = (self.flux.clip_text, self.flux.siglip, self.flux.redux)
-            weights += [file for ref in parts if ref for file in ref.files]
-            others.append(self.flux.clip_text.tokenizer)
         return tuple(dict.fromkeys([*weights, *loras, *(file for file in others if file)]))
