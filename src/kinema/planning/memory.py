@@ -40,8 +40,6 @@ FIELDS = ("vram", "ram", "dtype", "quantise", "quantise_text_encoder", *FREED, "
 ROUNDED = (("quantise",), ("quantise_text_encoder",), ("quantise", "quantise_text_encoder"))
 """Request fields by which weights of 16 bits and more take half the room: the fewest first."""
 
-Variants = Iterator[Plan]
-
 
 # --- one model -------------------------------------------------------------------------------------
 
@@ -378,14 +376,14 @@ def _fits(plan: Plan, stage: str) -> bool:
     return all(_excess(plan, cost) <= 0 for cost in costs(plan) if cost.stage in checked)
 
 
-def _texts(plan: Plan, request: Request) -> Variants:
+def _texts(plan: Plan, request: Request) -> Iterator[Plan]:
     yield plan
     if request.text_encoder_on is None and block_parameters(plan.text_encoder):
         encoder = plan.text_encoder.model_copy(update={"resident_blocks": 0})
         yield plan.model_copy(update={"text_encoder": encoder})
 
 
-def _samplers(plan: Plan, request: Request) -> Variants:
+def _samplers(plan: Plan, request: Request) -> Iterator[Plan]:
     """Whole, then with the feed-forward in parts, then with as many blocks resident as fit."""
     yield plan
     some = next(iter(plan.experts.values()))
@@ -404,7 +402,7 @@ def _each_expert(plan: Plan, **update: Any) -> Plan:
     return plan.model_copy(update={"experts": experts})
 
 
-def _decoders(plan: Plan, request: Request) -> Variants:
+def _decoders(plan: Plan, request: Request) -> Iterator[Plan]:
     """Whole frames; with what the VAE remembers on the host; in tiles, the largest first."""
     yield plan
     remembers = not is_flux(plan.vae.config)
