@@ -451,6 +451,6 @@ def test_a_vae_of_another_width_needs_its_statistics(tmp_path: Path) -> None:
         inspect(write_sparse(tmp_path / "a.safetensors", shapes))
     metadata = {key: json.dumps(config[key]) for key in ("latent_mean", "latent_std")}
     assert inspect(write_sparse(tmp_path / "b.safetensors", shapes, metadata=metadata)).config == config
-    for wrong in ("[1, 2]", "[0, 1, 1, 1]", "nonsense", '[1, 1, 1, "a"]', "[NaN, 1, 1, 1]"):
+    for wrong in ("[1, 2]", "[0, 1, 1, 1]", "nonsense", '[1, 1, 1, "a"]', "[NaN, 1, 1, 1]", "[" * 100_000):
         with pytest.raises(CheckpointError, match="metadata latent_std"):
             inspect(write_sparse(tmp_path / "c.safetensors", shapes, metadata={**metadata, "latent_std": wrong}))

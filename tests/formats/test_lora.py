@@ -295,6 +295,9 @@ def test_alpha_from_pefts_own_record(model: WanDiT, shapes, tmp_path: Path) -> N
     header = {"lora_adapter_metadata": said}
     path = write_lora(tmp_path / "d.safetensors", "diffusers", lora, header)
     assert {read_lora(path).scale(change) for change in read_lora(path).changes} == {0.5}
+    write_lora(path, "diffusers", lora, {"lora_adapter_metadata": "[" * 100_000})
+    with pytest.raises(CheckpointError, match="record of its alpha cannot be read"):
+        read_lora(path)
 
 
 # --- what does not fit -------------------------------------------------------------------------------

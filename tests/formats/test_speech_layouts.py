@@ -65,7 +65,9 @@ def test_where_injectors_stand_is_never_guessed(tmp_path: Path) -> None:
         inspect(write_sparse(tmp_path / "a.safetensors", fewer_injectors()))
 
 
-@pytest.mark.parametrize("told", ["[0]", "no", "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 99]"])
+@pytest.mark.parametrize(
+    "told", ["[0]", "no", "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 99]", pytest.param("[" * 100_000, id="deep")]
+)
 def test_metadata_that_does_not_fit_is_refused(tmp_path: Path, told: str) -> None:
     with pytest.raises(CheckpointError, match="audio_inject_layers"):
         inspect(write_sparse(tmp_path / "a.safetensors", fewer_injectors(), metadata={"audio_inject_layers": told}))

@@ -136,7 +136,7 @@ def _speech(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
         layers = (
             [int(layer) for layer in json.loads(told)] if told else list(S2V_LAYERS.get((num_layers, injectors), ()))
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise shapes.error("its metadata audio_inject_layers is not a JSON list of numbers") from error
     if len(layers) != injectors or sorted(set(layers)) != layers or not all(0 <= n < num_layers for n in layers):
         raise shapes.error(
@@ -211,7 +211,7 @@ def _latent_statistics(shapes: Shapes, version: str, z_dim: int) -> dict[str, An
     for key in ("latent_mean", "latent_std"):
         try:
             values = [float(value) for value in json.loads(metadata[key])]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise shapes.error(f"its metadata {key} is not a JSON list of numbers") from error
         if len(values) != z_dim or not all(map(math.isfinite, values)) or (key == "latent_std" and min(values) <= 0):
             raise shapes.error(f"its metadata {key} is not {z_dim} usable numbers")

@@ -341,7 +341,7 @@ def _peft_record(file: TensorFile) -> dict[str, float]:
             written = dict(json.loads(file.metadata.get("lora_adapter_metadata", "{}")))
             parts = [key for key in written if key.startswith("transformer.")] or list(written)
             record = {key.rpartition(".")[2]: written[key] for key in parts}  # text encoders have records of their own
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{file.path}: PEFT's record of its alpha cannot be read ({error})", path=file.path
         ) from error
