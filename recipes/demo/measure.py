@@ -13,12 +13,16 @@ SMALLEST = 10  # pixels inside the outline: what has fewer in the median frame i
 SIZE_LIMIT = math.pi * data.RADIUS["small"] * data.RADIUS["large"]  # between the two areas, geometrically
 MOVED = 9.0  # pixels between the ends of a clip; a moving thing covers 19 or more
 HOPPED = 6.0
+SCATTERED = 0.4  # variance of place over area: at most 0.17 of one shape, 0.7 and more of two apart
 GREW = 2.5  # times its first area; a growing thing reaches 6
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One thing as measured. `x`, `y` its centroid a frame in pixels, NaN where it cannot be seen."""
+    """One thing as measured. `x`, `y` its centroid a frame in pixels, NaN where it cannot be seen.
+
+    size   small, large, scattered where there are several of its colour, or None of what grows.
+    """
 
     colour: str
     size: str | None
@@ -55,9 +59,21 @@ def _measure(colour: str, mask_THW: NDArray[np.bool_], area: NDArray[np.int64]) 
     with np.errstate(invalid="ignore", divide="ignore"):
         x = (mask_THW.sum(axis=1) * grid).sum(axis=1) / area
         y = (mask_THW.sum(axis=2) * grid).sum(axis=1) / area
+        spread = _variance(_inside(mask_THW)) / area
     motion = _motion(x, y, area)
     size = None if motion == "grow" else "small" if np.median(area) < SIZE_LIMIT else "large"
+    if np.nanmedian(spread) > SCATTERED:
+        size = "scattered"
     return Seen(colour, size, motion, x, y)
+
+
+def _variance(mask_THW: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Mean square distance from the centroid in each frame, in pixels."""
+    count, total = mask_THW.sum(axis=(1, 2)), np.zeros(len(mask_THW))
+    for axis in (1, 2):
+        profile, grid = mask_THW.sum(axis=axis), np.arange(mask_THW.shape[3 - axis])
+        total += (profile * grid**2).sum(axis=1) / count - ((profile * grid).sum(axis=1) / count) ** 2
+    return total
 
 
 def _motion(x: NDArray[np.float64], y: NDArray[np.float64], area: NDArray[np.int64]) -> str:
