@@ -232,6 +232,7 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "tile too small": (f"cat {T2V} --tile 16", REQUEST, ("16", "--tile 64")),
     "chunk 0": (f"cat {T2V} --chunk 0", REQUEST, ("0", "--chunk 1")),
     "vram no amount": (f"cat {T2V} --vram much", REQUEST, ("'much'", "12GB", "--vram")),
+    "vram in bytes": (f"cat {T2V} --vram 16000000000", REQUEST, ("16000000000", "12GB", "--vram")),
     "vram 0": (f"cat {T2V} --vram 0GB", REQUEST, ("0", "--vram 1")),
     "vram on a CPU": (f"cat {T2V} --device cpu --vram 12GB", REQUEST, ("12 GB", "CPU", "--ram 12GB")),
     "more blocks than there are": (f"cat {T2V} --device cpu --blocks-to-swap 31", REQUEST, ("31", "30 blocks")),

@@ -12,7 +12,7 @@ from cli_words import CLI_FLAGS, VERBS
 from conftest import Cli
 from kinema.cli.app import COMMANDS
 from kinema.cli.flags import ALIASES, ELSEWHERE, GROUPS, flag_names, parameters
-from kinema.schema import Request
+from kinema.schema import Request, parse_bytes
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -102,3 +102,17 @@ def test_all_bad_values_are_told_at_once(cli: Cli):
     assert ran.code == 2
     for words in ("steps 0 is below 1", "did you mean 'unipc'", "quality 101 is above 100", "size '832'"):
         assert words in ran.err
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [("16", 16e9), ("16GB", 16e9), ("11.5 gib", 11.5 * 2**30), ("800MB", 8e8), ("800000000b", 8e8), ("24g", 24e9)],
+)
+def test_an_amount_of_memory_means_one_thing_to_every_verb(text: str, amount: float) -> None:
+    assert Request(vram=text).vram == parse_bytes(text) == amount  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["16000000000", "12i", "GB", "1.5.2GB", "-3GB"])
+def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="12GB"):
+        parse_bytes(text)

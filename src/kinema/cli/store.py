@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +10,7 @@ from kinema.cli.flags import Call, option
 from kinema.cli.interrupt import Interruption
 from kinema.cli.tell import Teller, gigabytes, make_teller
 from kinema.errors import CatalogError, RequestError
-from kinema.schema import Settings
+from kinema.schema import Settings, parse_bytes
 
 if TYPE_CHECKING:  # each verb imports what it needs: `kinema --help` should not wait for the catalog
     from kinema.catalog.choice import Card
@@ -296,13 +295,13 @@ def _open_copy(gated: str, files: Sequence[CatalogFile], settings: Settings) -> 
     return ""
 
 
-def parse_bytes(text: str, flag: str) -> int:
-    """Return bytes of 16GB, 16 GiB, 800MB or plain gigabytes; RequestError for anything else."""
-    match = re.fullmatch(r"(?i)\s*(\d+(?:\.\d+)?)\s*(t|g|m)?(i?)b?\s*", text)
-    if match is None or float(match[1]) == 0:
-        raise RequestError(f"{flag} {text!r} is no amount of memory", f"pass {flag} 16GB", field=flag, got=text)
-    power = {"m": 2, "g": 3, "t": 4}[(match[2] or "g").lower()]
-    return round(float(match[1]) * (1024 if match[3] else 1000) ** power)
+def _amount(text: str, flag: str) -> int:
+    try:
+        if amount := parse_bytes(text):
+            return amount
+    except ValueError:
+        pass
+    raise RequestError(f"{flag} {text!r} is no amount of memory", f"pass {flag} 16GB", field=flag, got=text)
 
 
 def _opened(call: Call) -> tuple[Store, Folders]:
@@ -320,7 +319,7 @@ def _chosen(
     from kinema.catalog.choice import Card
     from kinema.provision import models_of, preset, provide
 
-    vram, ram, disk = (parse_bytes(text, flag) if text else None for flag, text in sizes.items())
+    vram, ram, disk = (_amount(text, flag) if text else None for flag, text in sizes.items())
     if menu and (task or vram or loras):
         other = f"--task {task}" if task else "--vram" if vram else "--loras"
         raise RequestError(f"--preset {menu} and {other} both say what", "leave one out", field="preset", got=menu)

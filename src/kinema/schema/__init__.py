@@ -37,7 +37,7 @@ from kinema.schema.plan import (
     StageCost,
     VideoPlan,
 )
-from kinema.schema.request import Request, flag
+from kinema.schema.request import Request, flag, parse_bytes
 from kinema.schema.settings import Hub, Settings
 from kinema.schema.words import (
     AREAS,
@@ -97,4 +97,5 @@ __all__ = [
     "VideoPlan",
     "calibration_key",
     "flag",
+    "parse_bytes",
 ]

@@ -24,14 +24,23 @@ def _check_size(value: str | None) -> str | None:
     return value
 
 
-UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+UNITS = {"b": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+MOST_WITHOUT_UNIT = 9999
+"""Gigabytes. A larger number that has no unit was meant as bytes, or as something else."""
+
+
+def parse_bytes(text: str) -> int:
+    """Return bytes of 12GB, 11.5 GiB, 800MB or plain gigabytes; ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(b|[kmgt]i?)?b?\s*", text.lower())
+    if found is None or (found[2] is None and float(found[1]) > MOST_WITHOUT_UNIT):
+        raise ValueError(f"{text!r} is not an amount of memory; for example 12GB, 11.5GiB or 800MB")
+    return round(float(found[1]) * UNITS[found[2] or "g"])
 
 
 def _parse_bytes(value: Any) -> Any:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(value).lower())
-    if isinstance(value, str) and (found is None or found[2] not in UNITS):
-        raise ValueError(f"{value!r} is not an amount of memory; for example 12GB, 11.5GiB or 800MB")
-    return round(float(found[1]) * UNITS[found[2]]) if found and isinstance(value, str) else value
+    return parse_bytes(value) if isinstance(value, str) else value
 
 
 def _split(value: Any) -> Any:
