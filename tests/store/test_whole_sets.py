@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from checkpoints import BYTES
 from kinema.catalog.choice import kind, offers
@@ -19,6 +20,7 @@ from kinema.catalog.files import CatalogFile, load_store
 from kinema.catalog.layouts import Layout, dit_layouts, header, load_layouts
 from kinema.catalog.pull import pull, wanted
 from kinema.errors import CatalogError, MachineError
+from kinema.models.tokenizer import CLIP_END, CLIP_START
 from kinema.planning import make_plan
 from kinema.provision import TIERS, Card, Provision, Trials, order, preset, provide, provide_all, trial_request
 from kinema.schema import CatalogEntry, Facts, FileFacts, Plan, Request, Settings
@@ -35,6 +37,7 @@ STORE = load_store()
 BIG, RAM = Card(80 * 10**9, 128 * 10**9), 32 * 10**9
 MODELS = list(STORE.published.values())
 SPIECE = spiece_model()
+CLIP = tokenizers.Tokenizer(tokenizers.models.BPE({CLIP_START: 0, CLIP_END: 1}, [])).to_str().encode()
 MATRIX = re.compile(r".*(block|injector).*(?<!pos_embedding\.embedding)(?<!relative_attention_bias)\.weight")
 IN_FULL = {"Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K"}
 IN_FULL |= {"Q3_K_L": "Q4_K", "Q6_K": "Q6_K", "Q2_K": "Q2_K"}
@@ -123,7 +126,8 @@ def pulled(made: Provision, root: Path, hub: FakeHub) -> None:
     for file in made.files:
         inside = file.paths or tuple(f"{file.path}{name}" for name in ("spiece.model", "tokenizer_config.json"))
         for path in inside:
-            hub.add(f"{file.repository}/{path}", SPIECE if path.endswith("spiece.model") else b"{}")
+            small = {"spiece.model": SPIECE, "tokenizer.json": CLIP}
+            hub.add(f"{file.repository}/{path}", small.get(path.rpartition("/")[2], b"{}"))
     list(pull(wanted(made.files), root, hub.hub, patience=0.0, connections=1))
     for file in made.files:
         if "tokenizer" not in file.role and file.role != "lora":
